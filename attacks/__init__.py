@@ -1,0 +1,1 @@
+"""One file, one attack. The folder is the registry: a new file needs no other edit."""

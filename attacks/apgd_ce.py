@@ -1,0 +1,87 @@
+"""Auto-PGD on the cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robeval.core.ball import Ball, per_row
+from robeval.core.catalogue import attack
+from robeval.core.goal import Goal
+from robeval.core.questions import Attack, Gradient
+from robeval.core.streams import Streams
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Lengths of the windows between checks: 0.22 of the steps, each 0.03 shorter, never under 0.06."""
+    window, shrink, least = (max(int(f * steps), 1) for f in (0.22, 0.03, 0.06))
+    lengths: list[int] = []
+    while sum(lengths) + window <= steps:
+        lengths.append(window)
+        window = max(window - shrink, least)
+    return lengths
+
+
+@attack(
+    source="Croce and Hein 2020, Reliable evaluation of adversarial robustness with an ensemble of diverse"
+    " parameter-free attacks, arXiv:2003.01690, algorithm 1",
+    norms=("linf", "l2"),
+    attempts="restarts",
+)
+def apgd_ce(
+    x0: Tensor,
+    goal: Goal,
+    ball: Ball,
+    rng: Streams,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    rho: float = 0.75,
+) -> Attack:
+    """Projected gradient ascent with momentum and a step size that halves itself, on the cross-entropy.
+
+    Steps start at 2 eps. At each checkpoint an image whose loss rose too seldom, or whose best loss stood still, halves
+    its step and goes back to its best point.
+
+    Args:
+        steps: Gradient steps per restart.
+        restarts: Independent random starts; the worst case counts.
+        rho: Share of rising steps that a window must exceed to keep its step size.
+
+    Shapes:
+        x0 (n, C, H, W) in [0, 1]; returns the same shape.
+    Cost:
+        ``steps`` forward and backward passes and one more forward per restart and open image.
+    Source:
+        Croce and Hein 2020, arXiv:2003.01690, algorithm 1, conditions 1 and 2 of section 3.2.
+    Departs:
+        Follows the published code where it differs from the paper: the first step of a run counts as rising, and the
+        momentum after a jump back uses the iterate before the jump. An image stops at its first success, and the last
+        iterate costs no gradient, since none of it is used.
+    """
+    x = ball.surface(x0, rng)
+    at = yield Gradient(x, "ce")
+    best_x, best_loss, best_grad = x, at.loss, at.gradient
+    grad, before, last_loss = at.gradient, x, torch.zeros_like(at.loss)
+    step = torch.full_like(at.loss, 2 * ball.eps)
+    rises, halved, best_before = torch.zeros_like(step), torch.ones_like(step, dtype=torch.bool), best_loss
+    checks = set(torch.tensor(checkpoints(steps)).cumsum(0).tolist())
+    start = 0
+    for k in range(1, steps + 1):
+        ahead = ball.project(x0, x + per_row(step, x) * ball.ascent(grad))
+        keep = 0.75 if k > 1 else 1.0
+        x, before = ball.project(x0, x + keep * (ahead - x) + (1 - keep) * (x - before)), x
+        if k == steps:
+            return x
+        at = yield Gradient(x, "ce")
+        grad, rises, last_loss = at.gradient, rises + (at.loss > last_loss), at.loss
+        better = at.loss > best_loss
+        best_loss = torch.where(better, at.loss, best_loss)
+        best_x = torch.where(per_row(better, x), x, best_x)
+        best_grad = torch.where(per_row(better, x), grad, best_grad)
+        if k in checks:
+            halve = (rises <= rho * (k - start)) | (~halved & (best_before >= best_loss))
+            step = torch.where(halve, step / 2, step)
+            x = torch.where(per_row(halve, x), best_x, x)
+            grad = torch.where(per_row(halve, x), best_grad, grad)
+            halved, best_before, rises, start = halve, best_loss, torch.zeros_like(rises), k

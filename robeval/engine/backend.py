@@ -1,0 +1,134 @@
+"""One padded batch: logits, losses, gradients, with every pass counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robeval.core.classifier import Classifier
+from robeval.core.errors import ContractBroken, MachineError, RobevalError
+from robeval.core.goal import Goal
+from robeval.core.questions import Answer, Gradient, Logits, Question
+from robeval.engine.drive import answer
+
+#: Smallest batch that reaches the model. From 4 rows on (measured, CPU) an image's logits and gradient are the same bits
+#: whatever its place, its company and the width of the batch; one row alone takes another path through the kernels.
+FLOOR = 16
+
+
+@dataclass
+class Counts:
+    """What the model was asked, all in rows (images) except ``calls``."""
+
+    forwards: int = 0
+    backwards: int = 0
+    calls: int = 0
+    slots: int = 0
+
+    @property
+    def fill(self) -> float:
+        """Share of the batch places that held a row somebody had asked about."""
+        return self.forwards / self.slots if self.slots else 1.0
+
+
+@dataclass
+class Backend:
+    """Evaluates packed rows on a classifier, in batches whose shapes come from a short list.
+
+    Args:
+        classifier: The model; its parameters need no gradient.
+        capacity: Most rows in one batch. Halved when memory runs out, which never changes an answer.
+    """
+
+    classifier: Classifier
+    capacity: int = 256
+    counts: Counts = field(default_factory=Counts)
+
+    def shape(self, rows: int) -> int:
+        """Width of the padded batch for so many rows: a power of two, at least ``FLOOR``, at most the capacity."""
+        return max(rows, min(max(FLOOR, self.capacity), max(FLOOR, 1 << (rows - 1).bit_length())))
+
+    def evaluate(self, question: Question, goal: Goal) -> Answer:
+        """Answer a question about any number of packed rows.
+
+        Raises:
+            MachineError: out of memory at the smallest batch.
+            ContractBroken: the model gives no gradient, or fails on these images.
+        """
+        n = len(question.points)
+        parts = []
+        start = 0
+        while start < n:
+            rows = torch.arange(start, min(start + max(1, self.capacity), n), device=question.points.device)
+            try:
+                parts.append(self._batch(question, goal, rows))
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise _told(error) from error
+                if len(rows) == 1 or self.capacity == 1:
+                    raise MachineError(
+                        f"out of memory with {max(FLOOR, len(rows))} images in a batch",
+                        code="E01",
+                        do="use a machine with more memory, or another --device",
+                    ) from None
+                self.capacity = max(1, self.capacity // 2)
+                continue
+            start += len(rows)
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def logits(self, x: Tensor, goal: Goal) -> Tensor:
+        """(n, C, H, W) -> (n, K)."""
+        return self.evaluate(Logits(x), goal).logits
+
+    def _batch(self, question: Question, goal: Goal, rows: Tensor) -> Answer:
+        n = len(rows)
+        width = self.shape(n)
+        padded = torch.cat([rows, rows[:1].expand(width - n)])
+        points, open_ = question.points[padded], torch.ones(width, dtype=torch.bool, device=rows.device)
+        asked: Question = Logits(points)
+        if isinstance(question, Gradient):
+            asked = Gradient(points, question.loss, args=tuple(a[padded] for a in question.args))
+        said = answer(asked, self.classifier.logits, goal[padded], open_)
+        self.counts.calls += 1
+        self.counts.slots += width
+        self.counts.forwards += n
+        if said.loss is not None:
+            self.counts.backwards += n * (1 if said.loss.dim() == 1 else said.loss.shape[1])
+        loss = None if said.loss is None else said.loss[:n]
+        grad = None if said.grad is None else said.grad[:n]
+        return Answer(said.logits[:n], open_[:n], loss, grad)
+
+
+def _join(parts: list[Answer]) -> Answer:
+    losses = [p.loss for p in parts if p.loss is not None]
+    grads = [p.grad for p in parts if p.grad is not None]
+    return Answer(
+        torch.cat([p.logits for p in parts]),
+        torch.cat([p.open for p in parts]),
+        torch.cat(losses) if losses else None,
+        torch.cat(grads) if grads else None,
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def _told(error: BaseException) -> BaseException:
+    """The model's own failure, in the user's terms."""
+    if isinstance(error, RobevalError):
+        return error
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "does not require grad" in text or "not have been used in the graph" in text:
+        return ContractBroken(
+            "the model gives no gradient with respect to its input",
+            code="C19",
+            why="a detach, a no_grad or a rounding inside the model cuts the graph; gradient attacks would be blind",
+            do="mend the model, or use attacks that need no gradient: square, simba, noise",
+        )
+    return ContractBroken(f"the model failed: {text}", code="C17", do="check the model on one batch of these images")

@@ -1,0 +1,89 @@
+"""Small problems with known answers, for laws and oracles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robeval.core import catalogue
+from robeval.core.ball import DUAL, Ball, vector_norm
+from robeval.core.classifier import Classifier
+from robeval.core.goal import Untargeted
+from robeval.core.images import Images
+from robeval.engine.backend import Backend
+from robeval.engine.judge import Outcome
+from robeval.engine.run import Plan, run
+
+#: Settings that keep slow attacks quick in the laws.
+QUICK = {"steps": 30, "queries": 150}
+PIXELS = (1, 4, 4)
+
+
+def images(x: Tensor, y: Tensor, classes: int) -> Images:
+    return Images(x, y, torch.arange(100, 100 + len(x)), "problem", [str(k) for k in range(classes)])
+
+
+def linear(classes: int, *, rows: int = 24, seed: int = 0) -> tuple[Classifier, Images]:
+    """A float64 linear model and images that it classifies correctly, far from the box."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(16, classes).double()
+    layer.weight.data = torch.randn(classes, 16, generator=generator, dtype=torch.float64)
+    layer.bias.data = -layer.weight.data.sum(1) / 2  # balanced at the grey image
+    model = Classifier(nn.Sequential(nn.Flatten(), layer), classes)
+    x = 0.5 + 0.3 * (torch.rand(rows, *PIXELS, generator=generator, dtype=torch.float64) - 0.5)
+    return model, images(x, model.logits(x).argmax(1), classes)
+
+
+def exact_distance(model: Classifier, these: Images, norm: str) -> Tensor:
+    """Distance of each image to the nearest boundary of a linear model, the box left aside. -> (N,)."""
+    assert isinstance(model.module, nn.Sequential)
+    w = model.module[1].weight.detach()
+    goal = Untargeted(these.y)
+    gaps = -goal.gaps(model.logits(these.x))
+    slopes = w[goal.rivals(model.classes)] - w[these.y][:, None]
+    return (gaps / vector_norm(slopes.flatten(0, 1), DUAL[norm]).view_as(gaps)).amin(1)
+
+
+def network(*, rows: int = 24, seed: int = 0, classes: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Classifier, Images]:
+    """A small ReLU network with a convolution and images of its own classes."""
+    generator = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, classes)
+    ).to(dtype)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=dtype) / max(1, p[0].numel()) ** 0.5
+    model = Classifier(net, classes)
+    x = torch.rand(rows, *PIXELS, generator=generator, dtype=dtype)
+    return model, images(x, model.logits(x).argmax(1), classes)
+
+
+def quick(name: str, **more: Any) -> dict[str, Any]:
+    """All settings of an attack, the slow ones shortened."""
+    method = catalogue.find("attacks", name)
+    own = {s.name for s in method.settings}
+    return method.bind({k: v for k, v in {**QUICK, **more}.items() if k in own})
+
+
+def attack(
+    name: str, model: Classifier, these: Images, norm: str, eps: float, *, capacity: int = 256, seed: int = 0, **settings: Any
+) -> list[Outcome]:
+    """Run one attack through the engine, the outcomes in the order of the images."""
+    method = catalogue.find("attacks", name)
+    radius = float("inf") if method.facts.get("search") == "minimal" else eps
+    bound = quick(name, **settings)
+    plan = Plan(
+        method.name,
+        partial(method.load(), **bound),
+        int(bound.get(method.facts.get("attempts", ""), 1)),
+        method.facts.get("access") == "black-box",
+    )
+    outcomes = run(plan, these, Untargeted(these.y), Ball(norm, radius), Backend(model, capacity), seed=seed)
+    return sorted(outcomes, key=lambda o: o.position)
+
+
+def attack_cases() -> list[tuple[str, str]]:
+    """Every attack in the folder with every norm that it declares."""
+    return [(name, norm) for name, m in catalogue.methods("attacks").items() for norm in m.facts["norms"]]
