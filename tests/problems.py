@@ -47,7 +47,9 @@ def exact_distance(model: Classifier, these: Images, norm: str) -> Tensor:
     return (gaps / vector_norm(slopes.flatten(0, 1), DUAL[norm]).view_as(gaps)).amin(1)
 
 
-def network(*, rows: int = 24, seed: int = 0, classes: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Classifier, Images]:
+def network(
+    *, rows: int = 24, seed: int = 0, classes: int = 5, dtype: torch.dtype = torch.float64
+) -> tuple[Classifier, Images]:
     """A small ReLU network with a convolution and images of its own classes."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.Sequential(
@@ -55,8 +57,12 @@ def network(*, rows: int = 24, seed: int = 0, classes: int = 5, dtype: torch.dty
     ).to(dtype)
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=dtype) / max(1, p[0].numel()) ** 0.5
-    model = Classifier(net, classes)
     x = torch.rand(rows, *PIXELS, generator=generator, dtype=dtype)
+    with torch.no_grad():
+        net[-1].bias -= net(x).mean(0)  # all classes occur
+        net[-1].weight *= 30  # confident, as trained networks are
+        net[-1].bias *= 30
+    model = Classifier(net, classes)
     return model, images(x, model.logits(x).argmax(1), classes)
 
 
@@ -68,7 +74,15 @@ def quick(name: str, **more: Any) -> dict[str, Any]:
 
 
 def attack(
-    name: str, model: Classifier, these: Images, norm: str, eps: float, *, capacity: int = 256, seed: int = 0, **settings: Any
+    name: str,
+    model: Classifier,
+    these: Images,
+    norm: str,
+    eps: float,
+    *,
+    capacity: int = 256,
+    seed: int = 0,
+    **settings: Any,
 ) -> list[Outcome]:
     """Run one attack through the engine, the outcomes in the order of the images."""
     method = catalogue.find("attacks", name)

@@ -63,8 +63,10 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Exit codes: 0 complete, 1 fault of robeval, 2 usage, 3 file refused, 4 model or data break the "
-              "contract, 5 machine, 6 incomplete and resumable, 7 a threshold was not met.")
+@app.callback(
+    epilog="Exit codes: 0 complete, 1 fault of robeval, 2 usage, 3 file refused, 4 model or data break the "
+    "contract, 5 machine, 6 incomplete and resumable, 7 a threshold was not met."
+)
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -74,7 +76,8 @@ def root(
 def _tell(error: RobevalError) -> None:
     if "--json" in sys.argv:
         sys.stdout.write(
-            json.dumps({"error": {"code": error.code, "what": error.what, "exit": error.exit_code, "do": error.do}}) + "\n"
+            json.dumps({"error": {"code": error.code, "what": error.what, "exit": error.exit_code, "do": error.do}})
+            + "\n"
         )
     sys.stderr.write(str(error) + "\n")
 

@@ -88,11 +88,10 @@ class Ball:
         if self.norm == "linf":
             return g.sign()
         if self.norm == "l2":
-            length = per_row(vector_norm(g, "l2"), g)
             # Dividing by the largest entry first keeps tiny gradients from vanishing in the square.
-            g = g / per_row(vector_norm(g, "linf"), g).clamp_min(torch.finfo(g.dtype).tiny)
-            unit = g / per_row(vector_norm(g, "l2"), g).clamp_min(torch.finfo(g.dtype).tiny)
-            return torch.where(length > 0, unit, torch.zeros_like(g))
+            largest = per_row(vector_norm(g, "linf"), g)
+            g = torch.where(largest > 0, g / largest, torch.zeros_like(g))
+            return g / per_row(vector_norm(g, "l2"), g).clamp_min(1)  # its largest entry is 1 now, or all are 0
         if x is not None:
             g = g.masked_fill(((x <= 0) & (g < 0)) | ((x >= 1) & (g > 0)), 0)
         flat = g.flatten(1)

@@ -231,7 +231,9 @@ def methods(kind: str) -> dict[str, Method]:
     for entry in metadata.entry_points(group=f"robeval.{kind}"):
         outside = importlib.util.find_spec(entry.module)
         if outside and outside.origin:
-            found |= {m.name: m for m in _read_file(Path(outside.origin), kind, entry.module) if m.function == entry.attr}
+            found |= {
+                m.name: m for m in _read_file(Path(outside.origin), kind, entry.module) if m.function == entry.attr
+            }
     return found
 
 

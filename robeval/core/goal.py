@@ -124,4 +124,3 @@ def loss_named(loss: str | Loss) -> Loss:
     if loss not in LOSSES:
         raise unknown("loss", loss, LOSSES)
     return LOSSES[loss]
-

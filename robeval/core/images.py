@@ -73,9 +73,7 @@ class Images:
         return Images(self.x[rows], self.y[rows], self.ids[rows], self.name, self.classes, self.note)
 
     def to(self, device: torch.device | str) -> Images:
-        return Images(
-            self.x.to(device), self.y.to(device), self.ids.to(device), self.name, self.classes, self.note
-        )
+        return Images(self.x.to(device), self.y.to(device), self.ids.to(device), self.name, self.classes, self.note)
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,9 @@ def number(text: str, *, name: str = "number", code: str = "A02") -> float:
     except ZeroDivisionError:
         raise UsageError(f"{name} divides by zero: {text}", code=code, do="write it like 8/255 or 0.031") from None
     except (ValueError, OverflowError):
-        raise UsageError(f"{name} must be a number, got {text!r}", code=code, do="write it like 8/255 or 0.031") from None
+        raise UsageError(
+            f"{name} must be a number, got {text!r}", code=code, do="write it like 8/255 or 0.031"
+        ) from None
     if not math.isfinite(value):
         raise UsageError(f"{name} must be a finite number, got {text}", code=code)
     return value

@@ -27,7 +27,9 @@ class AttackRecord:
     clean_correct: bool = col("the clean image is classified correctly")
     attack: str = col("attack with its settings, or clean")
     norm: str = col("norm of the threat model")
-    eps: float = col("radius of the threat model; inf for a search of the nearest adversarial image", "pixels in [0, 1]")
+    eps: float = col(
+        "radius of the threat model; inf for a search of the nearest adversarial image", "pixels in [0, 1]"
+    )
     success: bool = col("a verified adversarial image was found (for clean: the image is misclassified)")
     prediction: int = col("class predicted for the stored image, or the clean prediction")
     distance_linf: float = col("largest pixel change; inf when nothing was found", "pixels in [0, 1]")

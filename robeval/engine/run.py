@@ -144,7 +144,9 @@ class _Engine:
         packed: Question = Logits(points)
         if isinstance(questions[0], Gradient):
             args = tuple(
-                torch.cat([q.args[k][rows] for q, (_, rows) in zip(questions, taken, strict=True) if isinstance(q, Gradient)])
+                torch.cat(
+                    [q.args[k][rows] for q, (_, rows) in zip(questions, taken, strict=True) if isinstance(q, Gradient)]
+                )
                 for k in range(len(questions[0].args))
             )
             packed = Gradient(points, questions[0].loss, args=args)
@@ -165,7 +167,10 @@ class _Engine:
                 assert cohort.asked is not None
                 asked = cohort.asked.nonzero().squeeze(1)
                 yield from self.judge.look(
-                    cohort.rows[asked], cohort.attempts[asked], cohort.question.points[asked], cohort.reply.logits[asked]
+                    cohort.rows[asked],
+                    cohort.attempts[asked],
+                    cohort.question.points[asked],
+                    cohort.reply.logits[asked],
                 )
             elif not cohort.last:
                 cohort.store(torch.empty(0, dtype=torch.int64, device=cohort.rows.device), self._template(cohort))

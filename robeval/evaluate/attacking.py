@@ -134,7 +134,9 @@ def clean_pass(backend: Backend, images: Images) -> torch.Tensor:
     bad = ~z.isfinite().all(1)
     if bad.any():
         ids = ", ".join(str(i) for i in images.ids[bad][:5].tolist())
-        raise ContractBroken(f"NaN or Inf logits on {int(bad.sum())} clean images", code="C07", where=f"image ids {ids}")
+        raise ContractBroken(
+            f"NaN or Inf logits on {int(bad.sum())} clean images", code="C07", where=f"image ids {ids}"
+        )
     return z
 
 

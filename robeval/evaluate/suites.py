@@ -42,6 +42,8 @@ def attacks(names: list[str], norm: str) -> list[Spec]:
         norms = s.method.facts["norms"]
         if norm not in norms:
             raise UsageError(
-                f"{s.method.name} has no {norm} form", code="A06", do=f"its norms: {', '.join(norms)}; choose with --norm"
+                f"{s.method.name} has no {norm} form",
+                code="A06",
+                do=f"its norms: {', '.join(norms)}; choose with --norm",
             )
     return list(specs.values())

@@ -1,0 +1,161 @@
+"""``robeval attack``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from robeval.cli.common import Device, Json, Quiet, note, print_json, progress, set_quiet
+from robeval.cli.loading import (
+    Arch,
+    ArchArg,
+    BatchSize,
+    Data,
+    ModelFile,
+    Normalise,
+    Runs,
+    Seed,
+    Split,
+    Subset,
+    load_both,
+)
+from robeval.core import catalogue
+from robeval.core.errors import GateFailed, UsageError
+
+THREAT = "Threat model"
+
+
+def _attacks_help() -> str:
+    """One line per attack of the folder, with its settings and defaults."""
+    lines = []
+    for m in catalogue.methods("attacks").values():
+        settings = ", ".join(f"{s.name}={s.default}" for s in m.settings)
+        lines.append(
+            f"- `{m.name}` [{', '.join(m.facts['norms'])}] {m.summary}" + (f" *{settings}*" if settings else "")
+        )
+    return "\n".join(lines)
+
+
+EXAMPLES = (
+    "**Examples**\n\n"
+    "    robeval attack model.pt --suite quick --eps 2/16\n\n"
+    "    robeval attack model.pt --attack pgd:steps=20,restarts=5 --attack square --eps 8/255 --images 500 --each\n\n"
+    "**Attacks** (settings after a colon, as `pgd:steps=50,restarts=10`)\n\n" + _attacks_help()
+)
+
+
+def attack(
+    model: ModelFile,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", "-s", help="quick or white-box; see robeval list suites.", rich_help_panel=THREAT),
+    ] = None,
+    attacks: Annotated[
+        list[str] | None,
+        typer.Option("--attack", "-a", help="One attack, repeatable; instead of a suite.", rich_help_panel=THREAT),
+    ] = None,
+    norm: Annotated[str, typer.Option("--norm", help="linf, l2 or l1.", rich_help_panel=THREAT)] = "linf",
+    eps: Annotated[
+        str | None,
+        typer.Option("--eps", help="Radius in pixel units, or several: 1/255,8/255.", rich_help_panel=THREAT),
+    ] = None,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each",
+            help="Run every attack on every correct image, not only on those still standing.",
+            rich_help_panel=THREAT,
+        ),
+    ] = False,
+    data: Data = "digits",
+    split: Split = "test",
+    images: Subset = None,
+    arch: Arch = None,
+    arch_arg: ArchArg = None,
+    normalise: Normalise = "none",
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    shard: Annotated[
+        str,
+        typer.Option("--shard", help="i/n: the i-th of n parts; all parts share one folder.", rich_help_panel="Run"),
+    ] = "",
+    device: Device = "cpu",
+    out: Runs = "runs",
+    fail_under: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-under",
+            help="Exit 7 when the interval of robust accuracy reaches below this.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack a classifier image by image and record what was found.
+
+    The same command resumes: images that are decided are not attacked again.
+    """
+    set_quiet(quiet or json)
+    settings = settings_of(suite, attacks, norm, eps, each=each, seed=seed, batch_size=batch_size, shard=shard)
+    classifier, chosen = load_both(
+        model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
+    )
+    from robeval.evaluate.attacking import attack_run
+    from robeval.evaluate.verify import verify
+    from robeval.reports.present import attack_summary, robust_interval
+
+    with progress("attack") as on_progress:
+        store = attack_run(classifier, chosen, settings, root=out, argv=sys.argv[1:], on_progress=on_progress)
+    with progress("verify") as on_progress:
+        checked = verify(store, classifier, chosen, on_progress)
+    checked.insist()
+    for warning in store.warnings:
+        note(warning)
+    if json:
+        print_json(attack_summary(store).to_json() | {"verified": checked.confirmed, "folder": str(store.folder)})
+    else:
+        attack_summary(store).to_terminal()
+        note(f"stored adversarial images re-verified {checked.confirmed}/{checked.checked}")
+        note(f"{store.folder}   next: robeval certify {model} --data {data}")
+    if fail_under is not None:
+        low = robust_interval(store)
+        if low < fail_under:
+            raise GateFailed(f"robust accuracy may be as low as {low:.4f}, the limit is {fail_under:g}", code="G01")
+
+
+def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str | None, **run: Any) -> Any:
+    """The settings of an attack run from the words of the command line.
+
+    Raises:
+        UsageError: both a suite and attacks, unknown names, bad radii or shard.
+    """
+    import re
+
+    from robeval.core.ball import NORMS
+    from robeval.core.errors import unknown
+    from robeval.core.numbers import radii
+    from robeval.evaluate import suites
+    from robeval.evaluate.attacking import Settings
+
+    if norm not in NORMS:
+        raise unknown("norm", norm, NORMS)
+    if suite and names:
+        raise UsageError("give --suite or --attack, not both", code="A04")
+    if names:
+        specs = suites.attacks(names, norm)
+    else:
+        specs, left_out = suites.suite(suite or "quick", norm)
+        if left_out:
+            note(f"not in {norm}, left out: {', '.join(left_out)}")
+    values = radii(eps, norm) if eps else []
+    if 0.0 in values:
+        note("note[A01] eps 0: robust accuracy equals clean accuracy")
+    shard = run.get("shard") or ""
+    if shard:
+        match = re.fullmatch(r"(\d+)/(\d+)", shard)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--shard is i/n with 1 <= i <= n, got {shard}", code="A04", do="such as --shard 1/4")
+    return Settings(specs, norm, values, **run)

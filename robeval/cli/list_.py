@@ -1,0 +1,73 @@
+"""``robeval list``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from robeval.cli.common import Json, print_json
+from robeval.core import catalogue
+from robeval.core.errors import unknown
+
+EXAMPLES = "**Examples**\n\n    robeval list attacks\n\n    robeval list attacks pgd"
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="attacks, suites, bounds, trainers, models or data.", metavar="WHAT")],
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, with its whole documentation.", metavar="NAME")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List what there is, or show one method in full."""
+    kinds = [*catalogue.KINDS, "suites"]
+    if what not in kinds:
+        raise unknown("kind", what, kinds)
+    rows = _suites() if what == "suites" else _methods(what)
+    if name:
+        key = name if what == "suites" else catalogue.find(what, name).name
+        if key not in rows:
+            raise unknown("suite", name, rows)
+        rows = {key: rows[key]}
+    if json:
+        print_json(rows)
+        return
+    if name and what != "suites":
+        method = catalogue.find(what, name)
+        typer.echo(f"{method.name}\n\n{method.doc}\n")
+        for setting in method.settings:
+            typer.echo(f"  {setting.name}: {setting.type} = {setting.default}")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = list(next(iter(rows.values())))
+    for column in ["name", *columns]:
+        table.add_column(column, overflow="fold")
+    for key, row in rows.items():
+        table.add_row(key, *(str(row[c]) for c in columns))
+    Console(highlight=False).print(table)
+
+
+def _methods(kind: str) -> dict[str, dict[str, str]]:
+    extra = {"attacks": ("norms", "access", "search"), "bounds": ("kind", "norms"), "trainers": ("norms",)}
+    defaults = {"access": "white-box", "search": "fixed eps"}
+    short = {v: [k for k, n in catalogue.presets(kind).items() if n == v] for v in catalogue.methods(kind)}
+    rows = {}
+    for method in catalogue.methods(kind).values():
+        row = {}
+        for fact in extra.get(kind, ()):
+            value = method.facts.get(fact, defaults.get(fact, ""))
+            row[fact] = ", ".join(value) if isinstance(value, tuple) else str(value)
+        row["settings"] = ", ".join(f"{s.name}={s.default}" for s in method.settings)
+        row["also"] = ", ".join(short[method.name])
+        row["what"] = method.summary
+        rows[method.name] = row
+    return rows
+
+
+def _suites() -> dict[str, dict[str, str]]:
+    from robeval.evaluate.suites import ABOUT, SUITES
+
+    return {name: {"attacks": ", ".join(attacks), "what": ABOUT[name]} for name, attacks in SUITES.items()}
