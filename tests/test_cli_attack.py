@@ -1,0 +1,205 @@
+"""``robeval attack`` end to end on real digits: the same answer however it is run, and one sentence on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from robeval.models.build import build
+from robeval.models.checkpoint import save
+from robeval.store.runstore import RunStore
+
+COMPARED = [
+    "index", "label", "clean_prediction", "attack", "eps", "success", "prediction", "distance_linf", "distance_l2",
+    "distance_l1", "distance_l0", "margin", "attempt", "iterations", "forwards", "backwards", "first_success_forward",
+    "survives_8bit",
+]  # fmt: skip
+ATTACKS = ["--attack", "pgd:steps=10,restarts=3", "--attack", "deepfool:steps=10", "--attack", "square:queries=60"]
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    run = [sys.executable, "-c", "from robeval.cli.app import main; main()", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+
+
+def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
+    process = start(*words, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A digits model trained for a few seconds, in a folder of its own."""
+    from robeval.data.load import load
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    net, train = build("digits_cnn"), load("digits", "train")
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(train)).split(64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(train.x[rows]), train.y[rows]).backward()
+            optimizer.step()
+    save(
+        folder / "m.pt", net, architecture="digits_cnn", arguments={}, normalise="none", input_shape=(1, 8, 8),
+        classes=list(train.classes), recipe={}, metrics={},
+    )  # fmt: skip
+    return folder / "m.pt"
+
+
+def rows(folder: Path) -> pd.DataFrame:
+    (run,) = (folder / "runs").iterdir()
+    frame = RunStore.open(run).frame()
+    return frame.sort_values(["index", "attack", "eps"])[COMPARED].reset_index(drop=True)
+
+
+def attack(model: Path, cwd: Path, *more: str) -> pd.DataFrame:
+    code, _, err = robeval("attack", str(model), *ATTACKS, "--eps", "1/16,2/16", "--images", "40", "-q", *more, cwd=cwd)
+    assert code == 0, err
+    return rows(cwd)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    frame = attack(model, tmp_path_factory.mktemp("whole"))
+    assert len(frame[frame["attack"] == "clean"]) == 40
+    assert 0 < frame.loc[frame["attack"].str.startswith("pgd"), "success"].mean() < 1
+    return frame
+
+
+@pytest.mark.parametrize("batch", ["1", "7"])
+def test_the_batch_size_changes_nothing(model: Path, whole: pd.DataFrame, tmp_path: Path, batch: str) -> None:
+    pd.testing.assert_frame_equal(attack(model, tmp_path, "--batch-size", batch), whole, check_exact=True)
+
+
+def test_two_shards_joined_are_the_whole(model: Path, whole: pd.DataFrame, tmp_path: Path) -> None:
+    attack(model, tmp_path, "--shard", "1/2")
+    assert len(rows(tmp_path)) < len(whole)
+    pd.testing.assert_frame_equal(attack(model, tmp_path, "--shard", "2/2"), whole, check_exact=True)
+
+
+def test_kill_9_and_the_same_command_again(model: Path, whole: pd.DataFrame, tmp_path: Path) -> None:
+    words = ["attack", str(model), *ATTACKS, "--eps", "1/16,2/16", "--images", "40", "-q", "--batch-size", "1"]
+    killed = 0
+    for _ in range(3):
+        process = start(*words, cwd=tmp_path)
+        parts = len(list((tmp_path / "runs").glob("*/records/*.parquet")))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(list((tmp_path / "runs").glob("*/records/*.parquet"))) > parts:  # something new is on disk
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        killed += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert killed
+    pd.testing.assert_frame_equal(attack(model, tmp_path), whole, check_exact=True)
+
+
+def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> None:
+    words = ("attack", str(model), "--suite", "quick", "--eps", "1/16", "--images", "30", "--json")
+    code, out, err = robeval(*words, cwd=tmp_path)
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    again = json.loads(robeval(*words, cwd=tmp_path)[1])  # resumed: nothing to do, the same numbers
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in document.items() if k != "seconds"}
+    code, out, _ = robeval("verify", "runs", "--json", cwd=tmp_path)
+    assert code == 0
+    assert json.loads(out)[0]["confirmed"] == document["verified"] > 0
+    code, out, _ = robeval("cite", "runs", cwd=tmp_path)
+    assert code == 0
+    assert "arXiv:2003.01690" in out
+
+
+def test_verify_catches_a_forged_image(model: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    robeval("attack", str(model), "--attack", "pgd", "--eps", "2/16", "--images", "30", "-q", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    store = RunStore.open(folder)
+    frame = store.frame()
+    assert frame["success"].any()
+    for part in folder.glob("examples/*.safetensors"):
+        tensors = {k: v * 0 for k, v in load_file(part).items()}
+        save_file(tensors, part)
+    code, _, err = robeval("verify", "runs", cwd=tmp_path)
+    assert code != 0
+    assert "robeval: error" in err or "fails its checksum" in err
+
+
+def test_each_attacks_every_correct_image(model: Path, tmp_path: Path) -> None:
+    code, _, _ = robeval(
+        "attack", str(model), "--suite", "quick", "--eps", "2/16", "--images", "30", "--each", "-q", cwd=tmp_path
+    )
+    assert code == 0
+    frame = rows(tmp_path)
+    correct = int((~frame.loc[frame["attack"] == "clean", "success"]).sum())
+    assert set(frame.groupby("attack").size().drop("clean")) == {correct}
+
+
+def test_a_gate_fails_with_exit_7(model: Path, tmp_path: Path) -> None:
+    words = ["attack", str(model), "--attack", "pgd", "--eps", "4/16", "--images", "30", "-q"]
+    code, _, err = robeval(*words, "--fail-under", "0.99", cwd=tmp_path)
+    assert (code, err.splitlines()[0][:23]) == (7, "robeval: error[G01] rob")
+    assert robeval(*words, "--fail-under", "0.0", cwd=tmp_path)[0] == 0
+
+
+BAD = [
+    (["gone.pt"], 3, "M01", "no model file"),
+    (["empty.pt"], 3, "M03", "is empty"),
+    (["cut.pt"], 3, "M04", "cut short"),
+    (["wide.pt"], 4, "", "classes"),
+    (["MODEL", "--attack", "pdg"], 2, "A04", "did you mean pgd"),
+    (["MODEL", "--attack", "square", "--norm", "l2"], 2, "A06", "no l2 form"),
+    (["MODEL", "--norm", "l7"], 2, "A04", "unknown norm"),
+    (["MODEL", "--eps", "8/0"], 2, "A02", "divides by zero"),
+    (["MODEL", "--eps", "8"], 2, "A03", "did you mean 8/255"),
+    (["MODEL", "--suite", "slow"], 2, "A04", "unknown suite"),
+    (["MODEL", "--attack", "pgd"], 2, "A02", "needs a radius"),
+    (["MODEL", "--eps", "0.1", "--shard", "3/2"], 2, "A04", "--shard"),
+    (["MODEL", "--eps", "0.1", "--data", "npz:bright.npz"], 4, "D06", "range 0 to 255"),
+    (["MODEL", "--eps", "0.1", "--data", "npz:gone.npz"], 3, "D01", "gone.npz"),
+    (["nan.pt", "--eps", "0.1"], 4, "M12", "NaN"),
+    (["MODEL", "--eps", "0.1", "--device", "cuda:99"], 5, "E02", "no device"),
+]
+
+
+@pytest.mark.parametrize(("words", "exit_code", "code", "says"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input(model: Path, tmp_path: Path, words: list[str], exit_code: int, code: str, says: str) -> None:
+    import numpy as np
+
+    state = torch.load(model, weights_only=True)
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "cut.pt").write_bytes(model.read_bytes()[:2000])
+    net = build("digits_cnn", classes=7)
+    arguments = {"classes": 7}
+    common = {"architecture": "digits_cnn", "normalise": "none", "input_shape": (1, 8, 8), "recipe": {}, "metrics": {}}
+    save(tmp_path / "wide.pt", net, arguments=arguments, classes=[str(k) for k in range(7)], **common)
+    broken = build("digits_cnn")
+    next(broken.parameters()).data[0] = torch.nan
+    save(tmp_path / "nan.pt", broken, arguments={}, classes=[str(k) for k in range(10)], **common)
+    np.savez(tmp_path / "bright.npz", x=np.full((4, 1, 8, 8), 255.0, np.float32), y=np.zeros(4, np.int64))
+    assert state
+    before = sorted(tmp_path.rglob("*"))
+    words = [str(model) if w == "MODEL" else w for w in words]
+    got, out, err = robeval("attack", *words, cwd=tmp_path)
+    assert got == exit_code, err
+    assert says in err
+    assert f"error[{code}" in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert len(err.strip().splitlines()) <= 4
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
