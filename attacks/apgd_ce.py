@@ -61,8 +61,8 @@ def apgd_ce(
     """
     x = ball.surface(x0, rng)
     at = yield Gradient(x, "ce")
-    best_x, best_loss, best_grad = x, at.loss, at.gradient
-    grad, before, last_loss = at.gradient, x, torch.zeros_like(at.loss)
+    best_x, best_loss, best_grad = x, at.loss, at.grad
+    grad, before, last_loss = at.grad, x, torch.zeros_like(at.loss)
     step = torch.full_like(at.loss, 2 * ball.eps)
     rises, halved, best_before = torch.zeros_like(step), torch.ones_like(step, dtype=torch.bool), best_loss
     checks = set(torch.tensor(checkpoints(steps)).cumsum(0).tolist())
@@ -72,9 +72,9 @@ def apgd_ce(
         keep = 0.75 if k > 1 else 1.0
         x, before = ball.project(x0, x + keep * (ahead - x) + (1 - keep) * (x - before)), x
         if k == steps:
-            return x
+            break
         at = yield Gradient(x, "ce")
-        grad, rises, last_loss = at.gradient, rises + (at.loss > last_loss), at.loss
+        grad, rises, last_loss = at.grad, rises + (at.loss > last_loss), at.loss
         better = at.loss > best_loss
         best_loss = torch.where(better, at.loss, best_loss)
         best_x = torch.where(per_row(better, x), x, best_x)
@@ -85,3 +85,4 @@ def apgd_ce(
             x = torch.where(per_row(halve, x), best_x, x)
             grad = torch.where(per_row(halve, x), best_grad, grad)
             halved, best_before, rises, start = halve, best_loss, torch.zeros_like(rises), k
+    return x

@@ -63,8 +63,8 @@ def deepfool(
         done = done | goal.reached(at.logits) | ~at.open
         if done.all():
             return None
-        at_box = ((x <= 0)[:, None] & (at.gradient < 0)) | ((x >= 1)[:, None] & (at.gradient > 0))
-        slopes = at.gradient.masked_fill(at_box, 0)
+        at_box = ((x <= 0)[:, None] & (at.grad < 0)) | ((x >= 1)[:, None] & (at.grad > 0))
+        slopes = at.grad.masked_fill(at_box, 0)
         steepness = ball.dual_norm(slopes.flatten(0, 1)).view_as(at.loss)
         distance = torch.where(steepness > 0, at.loss.abs() / steepness, torch.inf)
         nearest = distance.argmin(1)

@@ -31,4 +31,4 @@ def fgm(x0: Tensor, goal: Goal, ball: Ball, rng: Streams) -> Attack:
         The paper has the linf form; this is its l2 counterpart. An image with zero gradient stays where it is.
     """
     at = yield Gradient(x0, "ce")
-    return ball.project(x0, x0 + ball.eps * ball.ascent(at.gradient))
+    return ball.project(x0, x0 + ball.eps * ball.ascent(at.grad))

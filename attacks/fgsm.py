@@ -31,4 +31,4 @@ def fgsm(x0: Tensor, goal: Goal, ball: Ball, rng: Streams) -> Attack:
         Clipped to the box [0, 1].
     """
     at = yield Gradient(x0, "ce")
-    return ball.project(x0, x0 + ball.eps * ball.ascent(at.gradient))
+    return ball.project(x0, x0 + ball.eps * ball.ascent(at.grad))

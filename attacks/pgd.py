@@ -66,5 +66,5 @@ def pgd(
     x = ball.sample(x0, rng) if random_start else x0
     for _ in range(steps):
         at = yield Gradient(x, loss)
-        x = ball.project(x0, x + alpha * ball.ascent(at.gradient, x))
+        x = ball.project(x0, x + alpha * ball.ascent(at.grad, x))
     return x

@@ -112,7 +112,7 @@ def load_both(
         arch=arch,
         arch_args=pairs(arch_arg) or None,
         normalise=normalisation(normalise),
-        classes=len(images.classes),
+        classes=images.classes,
         input_shape=tuple(images.x.shape[1:]),
     )
     if isinstance(classifier.module, nn.Module):
@@ -127,6 +127,6 @@ def load_both(
         "arch_arg": arch_arg,
         "normalise": normalise,
     }
-    for remark in check(classifier, images):
+    for remark in [*classifier.info.get("notes", ()), *check(classifier, images)]:
         note(remark)
     return classifier, images

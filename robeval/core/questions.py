@@ -54,21 +54,19 @@ class Answer:
 
     Args:
         logits: (n, K).
-        loss: (n,) or (n, S); None after :class:`Logits`.
-        grad: (n, C, H, W) or (n, S, C, H, W); None after :class:`Logits`.
         open: (n,) bool, rows that are still undecided.
+        loss: (n,) or (n, S); empty after :class:`Logits`.
+        grad: (n, C, H, W) or (n, S, C, H, W); empty after :class:`Logits`.
     """
 
     logits: Tensor
     open: Tensor
-    loss: Tensor | None = None
-    grad: Tensor | None = None
+    loss: Tensor
+    grad: Tensor
 
-    @property
-    def gradient(self) -> Tensor:
-        """The gradient that a :class:`Gradient` question asked for."""
-        assert self.grad is not None, "a Logits question has no gradient in its answer"
-        return self.grad
+    def __getitem__(self, rows: slice) -> Answer:
+        """The answer for some rows."""
+        return Answer(self.logits[rows], self.open[rows], self.loss[rows], self.grad[rows])
 
 
 #: What an attack function returns. The final value, if any, is one last point per row, which the engine judges too.

@@ -94,22 +94,13 @@ class Backend:
         self.counts.calls += 1
         self.counts.slots += width
         self.counts.forwards += n
-        if said.loss is not None:
+        if isinstance(question, Gradient):
             self.counts.backwards += n * (1 if said.loss.dim() == 1 else said.loss.shape[1])
-        loss = None if said.loss is None else said.loss[:n]
-        grad = None if said.grad is None else said.grad[:n]
-        return Answer(said.logits[:n], open_[:n], loss, grad)
+        return said[:n]
 
 
 def _join(parts: list[Answer]) -> Answer:
-    losses = [p.loss for p in parts if p.loss is not None]
-    grads = [p.grad for p in parts if p.grad is not None]
-    return Answer(
-        torch.cat([p.logits for p in parts]),
-        torch.cat([p.open for p in parts]),
-        torch.cat(losses) if losses else None,
-        torch.cat(grads) if grads else None,
-    )
+    return Answer(*(torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "open", "loss", "grad")))
 
 
 def _out_of_memory(error: BaseException) -> bool:

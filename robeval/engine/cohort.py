@@ -55,7 +55,7 @@ class Cohort:
         if self.question is None:
             return
         if self.black_box and isinstance(self.question, Gradient):
-            raise ContractBroken("a black-box attack asked for a gradient", code="C20", where=self.attack.__name__)
+            raise ContractBroken("a black-box attack asked for a gradient", code="C20")
         asks = open_ if self.question.only is None else open_ & self.question.only
         self.asked, self.waiting, self.reply = asks, asks.clone(), None
 
@@ -81,20 +81,20 @@ class Cohort:
 
     def store(self, rows: Tensor, said: Answer) -> None:
         """Keep the answer for some rows; all others stay zero."""
-        n = len(self.rows)
+        old = self.reply
 
-        def into(held: Tensor | None, part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
-            held = part.new_full((n, *part.shape[1:]), BLANK) if held is None else held
-            held[rows] = part
+        def into(held: Tensor | None, part: Tensor) -> Tensor:
+            held = part.new_full((len(self.rows), *part.shape[1:]), BLANK) if held is None else held
+            if len(part):
+                held[rows] = part
             return held
 
-        old = self.reply
-        logits = into(old.logits if old else None, said.logits)
-        assert logits is not None
-        loss, grad = into(old.loss if old else None, said.loss), into(old.grad if old else None, said.grad)
-        self.reply = Answer(logits, said.open, loss, grad)
+        self.reply = Answer(
+            into(old.logits if old else None, said.logits),
+            said.open,
+            into(old.loss if old else None, said.loss),
+            into(old.grad if old else None, said.grad),
+        )
 
 
 def waves(attempts: int, at_once: bool) -> list[list[int]]:

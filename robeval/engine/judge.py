@@ -49,11 +49,10 @@ class Judge:
         self.images, self.goal, self.ball, self.backend = images, goal, ball, backend
         self.minimal = math.isinf(ball.eps)
         n, device = len(images), images.x.device
-        whole = {"dtype": torch.int64, "device": device}
         self.closed = torch.zeros(n, dtype=torch.bool, device=device)
-        self.forwards, self.backwards, self.iterations = (torch.zeros(n, **whole) for _ in range(3))
-        self.first_success = torch.full((n,), -1, **whole)
-        self.attempt = torch.full((n,), -1, **whole)
+        zero = torch.zeros(n, dtype=torch.int64, device=device)
+        self.forwards, self.backwards, self.iterations = zero, zero.clone(), zero.clone()
+        self.first_success, self.attempt = zero - 1, zero - 1
         self.margin = torch.full((n,), math.inf, dtype=torch.float64, device=device)
         self.distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)
         self.best = images.x.clone() if self.minimal else None

@@ -151,13 +151,13 @@ class _Engine:
             )
             packed = Gradient(points, questions[0].loss, args=args)
         said = self.backend.evaluate(packed, self.goal[positions])
-        losses = 0 if said.loss is None else (1 if said.loss.dim() == 1 else said.loss.shape[1])
+        losses = 0 if isinstance(packed, Logits) else (1 if said.loss.dim() == 1 else said.loss.shape[1])
         self.judge.charge(positions, losses)
         self.templates[taken[0][0].lane] = said
         start = 0
         for cohort, rows in taken:
             part = slice(start, start + len(rows))
-            cohort.store(rows, _rows_of(said, part))
+            cohort.store(rows, said[part])
             start += len(rows)
 
     def _settle(self, cohort: Cohort) -> Iterator[Outcome]:
@@ -188,7 +188,7 @@ class _Engine:
             if isinstance(question, Gradient):
                 one = Gradient(question.points[:1], question.loss, args=tuple(a[:1] for a in question.args))
             self.templates[cohort.lane] = self.backend.evaluate(one, self.goal[cohort.rows[:1]])
-        return _rows_of(self.templates[cohort.lane], slice(0, 0))
+        return self.templates[cohort.lane][:0]
 
     def _next_wave(self, cohort: Cohort) -> Iterator[Outcome]:
         left = cohort.rows[~self.judge.closed[cohort.rows]].unique()
@@ -196,12 +196,3 @@ class _Engine:
             self.queue[cohort.wave + 1] += left.tolist()
         else:
             yield from self.judge.finish(left)
-
-
-def _rows_of(said: Answer, part: slice) -> Answer:
-    return Answer(
-        said.logits[part],
-        said.open[part],
-        None if said.loss is None else said.loss[part],
-        None if said.grad is None else said.grad[part],
-    )

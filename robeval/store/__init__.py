@@ -1,0 +1,1 @@
+"""Run folders: a manifest, immutable Parquet parts, stored images. No torch."""

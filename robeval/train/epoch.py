@@ -1,0 +1,113 @@
+"""The loop's shared state, and what happens when an epoch ends: measure, warn, choose, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robeval.core.ball import Ball
+from robeval.core.catalogue import Spec
+from robeval.core.errors import ContractBroken
+from robeval.core.images import Images
+from robeval.train import resume
+from robeval.train.measure import measure, pgd_accuracy
+from robeval.train.recipe import Recipe
+from robeval.train.resume import State, copied
+from robeval.train.step import Trainer
+from robeval.train.warnings import Guard, Notice, after_epoch
+
+OnProgress = Callable[[int, int, str], None]
+OnNotice = Callable[[Notice], None]
+
+
+@dataclass
+class Run:
+    """What the parts of the loop share."""
+
+    module: nn.Module
+    train: Images
+    watched: Images
+    first: Images
+    method: Spec
+    trainer: Trainer
+    recipe: Recipe
+    optimizer: torch.optim.Optimizer
+    state: State
+    file: Path
+    save_steps: int
+    on_progress: OnProgress | None
+    on_notice: OnNotice | None
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.train) // self.recipe.batch_size)
+
+    @property
+    def robust(self) -> bool:
+        return bool(self.method.method.facts.get("robust"))
+
+    def snapshot(self) -> None:
+        self.state.weights = self.module.state_dict()
+        self.state.optimizer = self.optimizer.state_dict()
+        resume.save(self.file, self.state)
+
+    def notice(self, found: list[Notice]) -> list[Notice]:
+        """Keep and tell the warnings whose code was not told before."""
+        new = [n for n in found if n.code not in {code for code, _, _ in self.state.notices} or n.epoch == 0]
+        for n in new:
+            self.state.notices.append([n.code, n.epoch, n.text])
+            if self.on_notice:
+                self.on_notice(n)
+        return new
+
+
+def end_epoch(run: Run) -> None:
+    """Measure, warn, choose, and write the state."""
+    began, recipe, state = time.monotonic(), run.recipe, run.state
+    broken = [n for n, p in run.module.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise ContractBroken(
+            f"training diverged: {len(broken)} weights hold NaN or Inf, first: {broken[0]}",
+            code="L01",
+            where=f"epoch {state.epoch + 1}",
+            do="a smaller --lr, with --fresh",
+        )
+    ball, sums = Ball(recipe.norm, recipe.eps), state.sums
+    row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"]}
+    row |= {k.removeprefix("sum "): v / sums["images"] for k, v in sums.items() if k.startswith("sum ")}
+    row |= {"forward_per_step": sums["forward"] / sums["seen"], "backward_per_step": sums["backward"] / sums["seen"]}
+    row |= measure(run.module, run.watched, ball, seed=recipe.seed, batch_size=recipe.batch_size)
+    row["first_batch_accuracy"] = pgd_accuracy(
+        run.module, run.first, ball, seed=recipe.seed, batch_size=recipe.batch_size, fast=True
+    )
+    row["seconds"] = sums["seconds"] + time.monotonic() - began
+    guard = Guard(last=state.guard)
+    collapsed = guard.fell(row["first_batch_accuracy"]) and run.robust
+    state.guard = guard.last
+    found = after_epoch(
+        [*state.rows, row], robust=run.robust, size=run.train.x[0].numel(), classes=len(run.train.classes)
+    )
+    if collapsed:
+        text = "robust accuracy on the first training batch collapsed: training stopped, weights of the epoch before"
+        found.append(Notice("CATASTROPHIC_OVERFITTING", state.epoch + 1, text))
+        state.stopped = "CATASTROPHIC_OVERFITTING"
+    row["warnings"] = " ".join(n.code for n in found)
+    state.rows.append(row)
+    run.notice(found)
+    if not collapsed:
+        score = [row["pgd20_accuracy"], row["clean_accuracy"]]
+        if not (run.robust if recipe.select_on == "auto" else recipe.select_on == "robust"):
+            score.reverse()
+        if score > state.best_score:
+            state.best, state.best_epoch, state.best_score = copied(run.module.state_dict()), state.epoch + 1, score
+        if run.robust:
+            state.previous = copied(run.module.state_dict())
+    state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
+    state.done = collapsed or state.epoch >= recipe.epochs
+    run.snapshot()

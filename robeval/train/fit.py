@@ -1,0 +1,190 @@
+"""The one training loop: every method, every optimiser step, every resume goes through here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robeval.core.catalogue import Spec
+from robeval.core.classifier import weights_fingerprint
+from robeval.core.images import Images
+from robeval.core.streams import Streams
+from robeval.train import resume
+from robeval.train.augment import augment
+from robeval.train.epoch import OnNotice, OnProgress, Run, end_epoch
+from robeval.train.log import write_log
+from robeval.train.passes import counting
+from robeval.train.recipe import Recipe, make_optimizer
+from robeval.train.resume import State, identity_of
+from robeval.train.schedules import schedule
+from robeval.train.step import fill_gradients
+from robeval.train.warnings import Notice, before_training
+
+
+@dataclass
+class FitResult:
+    """What a training came to; the module holds the chosen weights, in eval mode.
+
+    Args:
+        epoch: Epoch of the chosen weights, counted from 1.
+        metrics: That epoch's row of the log.
+        rows: The whole log.
+        notices: Warnings.
+        stopped: Why training ended early, or empty.
+        resumed: ``no``, ``yes``, or ``finished`` when there was nothing left to do.
+        steps: Optimiser steps of the whole training.
+    """
+
+    epoch: int
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+    notices: list[Notice] = field(default_factory=list)
+    stopped: str = ""
+    resumed: str = "no"
+    steps: int = 0
+
+
+def fit(
+    module: nn.Module,
+    train: Images,
+    *,
+    method: Spec,
+    folder: Path,
+    recipe: Recipe | None = None,
+    validation: Images | None = None,
+    device: torch.device | str = "cpu",
+    pretrained: bool = False,
+    save_steps: int = 200,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+) -> FitResult:
+    """Train a network, or go on where the same training was stopped.
+
+    The state is written after every epoch and every ``save_steps`` steps; on one machine and device type with the same
+    number of threads, a killed and resumed training ends with the same weights, bit for bit, on a CPU.
+
+    Args:
+        module: The network, pixels in [0, 1] to logits; its starting weights are part of the training's identity.
+        train: Training images.
+        method: A trainer with its settings, from ``catalogue.parse("trainers", ...)``.
+        folder: Where ``state.pt`` and ``log.csv`` go.
+        recipe: Settings of the loop.
+        validation: Held-out training images for the log and the selection; without them the first training batch.
+        device: Where to train.
+        pretrained: The weights come from an earlier training.
+        save_steps: Steps between two writes of the state inside an epoch.
+        on_progress: Called with steps done, steps in all, and a short text.
+        on_notice: Called with each new warning.
+
+    Raises:
+        ContractBroken: the loss became NaN (L01), or the network does not fit the method (L02).
+        UsageError: the folder holds another training (R01).
+        MachineError: the state cannot be written.
+    """
+    recipe = recipe or Recipe()
+    before = before_training(method, module, pretrained)
+    prints = {
+        "training images": train.fingerprint,
+        "validation images": validation.fingerprint if validation else "none",
+    }
+    prints["starting weights"] = weights_fingerprint(module.state_dict(), repr(module))
+    identity = identity_of(method.method.name, method.settings, recipe, **prints)
+    module.to(device)
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+    saved = resume.load(folder / "state.pt", identity, device)
+    train = train.to(device)
+    first = train[_order(recipe.seed, 0, train)[: recipe.batch_size]]
+    run = Run(
+        module,
+        train,
+        first if validation is None else validation.to(device),
+        first,
+        method,
+        method.method.load(),
+        recipe,
+        make_optimizer(recipe, module),
+        saved or State(identity),
+        folder / "state.pt",
+        save_steps,
+        on_progress,
+        on_notice,
+    )
+    resumed = "no" if saved is None else "finished" if saved.done else "yes"
+    if saved is None:
+        run.notice(before)
+    else:
+        module.load_state_dict(saved.weights)
+        run.optimizer.load_state_dict(saved.optimizer)
+    while not run.state.done:
+        _train_epoch(run)
+        end_epoch(run)
+        write_log(folder / "log.csv", run.state.rows)
+    return _choose(run, resumed)
+
+
+def _order(seed: int, epoch: int, images: Images) -> torch.Tensor:
+    """The order of the images in an epoch, a function of seed and epoch alone. -> (N,) int64."""
+    return Streams(seed, [epoch], "order", device=images.x.device).permutation(len(images))[0]
+
+
+def _train_epoch(run: Run) -> None:
+    """The batches of the present epoch that are still to come."""
+    recipe, state = run.recipe, run.state
+    order = _order(recipe.seed, state.epoch, run.train)
+    factor = schedule(recipe.schedule, recipe.epochs * run.batches, run.batches)
+    parameters = [p for p in run.module.parameters() if p.requires_grad]
+    name, device = run.method.method.name, run.train.x.device
+    while state.batch < run.batches:
+        began = time.monotonic()
+        rows = order[state.batch * recipe.batch_size : (state.batch + 1) * recipe.batch_size]
+        ids, count = run.train.ids[rows].tolist(), state.epoch * run.batches + state.batch
+        kind = {"attempts": [count] * len(ids), "dtype": run.train.x.dtype, "device": device}
+        x = augment(run.train.x[rows], Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
+        rng = Streams(recipe.seed, ids, f"train/{name}", **kind)
+        for group in run.optimizer.param_groups:
+            group["lr"] = recipe.lr * factor(count)
+        run.module.train()
+        # Dropout draws from the global generator; seeding it for the step makes a resumed run draw the same.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), counting(run.module) as passes:
+            torch.manual_seed(recipe.seed * 1_000_003 + count)
+            for loss in run.trainer(run.module, x, run.train.y[rows], rng, **run.method.settings):
+                logs = fill_gradients(parameters, loss, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
+                run.optimizer.step()
+                state.step += 1
+                _add(state.sums, {f"sum {k}": v * len(ids) for k, v in logs.items()} | {"images": len(ids)})
+        seconds = time.monotonic() - began
+        _add(state.sums, {"forward": passes.forward, "backward": passes.backward, "seen": len(ids), "seconds": seconds})
+        state.batch += 1
+        if run.on_progress:
+            text = f"epoch {state.epoch + 1}/{recipe.epochs}  loss {logs['loss']:.3f}"
+            run.on_progress(count + 1, recipe.epochs * run.batches, text)
+        if run.save_steps and (state.batch % run.save_steps == 0) and state.batch < run.batches:
+            run.snapshot()
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _choose(run: Run, resumed: str) -> FitResult:
+    """Load the weights that the recipe asks for and report."""
+    state = run.state
+    epoch = len(state.rows)
+    if run.recipe.select == "best":
+        run.module.load_state_dict(state.best)
+        epoch = state.best_epoch
+    elif state.stopped:
+        run.module.load_state_dict(state.previous)
+        epoch -= 1
+    run.module.eval()
+    for p in run.module.parameters():
+        p.grad = None
+    notices = [Notice(*n) for n in state.notices]
+    return FitResult(epoch, state.rows[epoch - 1], state.rows, notices, state.stopped, resumed, state.step)

@@ -1,0 +1,45 @@
+"""The per-epoch log as a table on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from robeval.train.resume import write_atomic
+
+#: Column -> sentence. Methods may add columns of their own, which follow these.
+COLUMNS = {
+    "epoch": "epoch, counted from 1",
+    "seconds": "wall time of the epoch with its measurements",
+    "lr": "learning rate at the last step",
+    "loss": "mean of what was descended",
+    "train_accuracy": "accuracy on the images that the loss was taken at",
+    "penalty": "mean of the regularizer with its weight",
+    "clipped": "share of images whose regularizer is clipped and so has no gradient",
+    "gradient_clipped": "share of steps where the regularizer's parameter gradient was clipped",
+    "clean_accuracy": "accuracy on the held-out images",
+    "pgd20_accuracy": "accuracy on the held-out images after PGD with 20 steps, an upper bound of robust accuracy",
+    "first_batch_accuracy": "accuracy on the fixed first training batch after PGD with 5 steps",
+    "confidence_clean": "mean largest softmax output, clean",
+    "confidence_random": "the same at random points of the ball",
+    "confidence_pgd1": "the same after one PGD step",
+    "grad_nonzero": "mean number of non-zero entries of the input gradient",
+    "grad_l1": "mean l1 norm of the input gradient",
+    "grad_l2": "mean l2 norm of the input gradient",
+    "forward_per_step": "forward passes of the batch per step",
+    "backward_per_step": "backward passes of the batch per step",
+    "warnings": "codes of warnings after this epoch",
+}
+
+
+def write_log(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write all rows at once, through a temporary file; floats with all their digits."""
+    extra = sorted({name for row in rows for name in row} - set(COLUMNS))
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*COLUMNS, *extra], restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))

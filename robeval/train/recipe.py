@@ -1,0 +1,81 @@
+"""How a network is trained, whatever the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from robeval.core.ball import Ball
+from robeval.core.errors import UsageError, unknown
+from robeval.train.augment import KINDS
+from robeval.train.schedules import schedule
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the training loop.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images per step.
+        optimizer: ``sgd`` (plain momentum) or ``adam``.
+        lr: Largest learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Coupled L2: adds this times the weights to the gradient, for both optimisers.
+        schedule: ``constant``, ``cosine``, ``cyclic`` or ``milestones:60/120`` (see :mod:`robeval.train.schedules`).
+        augment: ``none``, ``crop`` or ``crop-flip``.
+        select: ``best`` keeps the epoch that is best on the held-out images, ``last`` the last one.
+        select_on: ``robust`` (PGD-20 accuracy), ``clean``, or ``auto``: robust for methods that claim robustness.
+        norm: Norm of the threat model of the log, of the selection and of the guard.
+        eps: Its radius in pixel units.
+        seed: Seed of the order of images, of augmentation, of every random draw of the method.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    augment: str = "none"
+    select: str = "best"
+    select_on: str = "auto"
+    norm: str = "linf"
+    eps: float = 8 / 255
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}", code="A04")
+        for name in ("momentum", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} must be a number >= 0, got {getattr(self, name)}", code="A04")
+        if not self.lr > 0:
+            raise UsageError(f"lr must be a number > 0, got {self.lr}", code="A04")
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("augment", KINDS),
+            ("select", ("best", "last")),
+            ("select_on", ("auto", "robust", "clean")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        schedule(self.schedule, 1, 1)
+        Ball(self.norm, self.eps)
+
+
+def make_optimizer(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all parameters that ask for gradients."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)

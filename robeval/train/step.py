@@ -1,0 +1,64 @@
+"""What a trainer yields, and the optimiser step that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robeval.core.errors import ContractBroken
+
+
+@dataclass
+class Loss:
+    """One optimiser step.
+
+    Args:
+        total: Scalar that the step descends.
+        logs: Means over the batch for the epoch's log, by column name.
+        apart: Scalar whose parameter gradient is clipped alone and then added; None when there is none.
+        apart_limit: Largest Euclidean norm of that parameter gradient.
+    """
+
+    total: Tensor
+    logs: dict[str, Tensor | float] = field(default_factory=dict)
+    apart: Tensor | None = None
+    apart_limit: float = float("inf")
+
+
+#: A trainer: one mini-batch in, one :class:`Loss` per optimiser step out.
+Trainer = Callable[..., Generator[Loss, None, None]]
+
+
+def accuracy(z: Tensor, y: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label's. -> scalar."""
+    return (z.detach().argmax(1) == y).to(z.dtype).mean()
+
+
+def fill_gradients(parameters: list[nn.Parameter], loss: Loss, where: str = "") -> dict[str, float]:
+    """Put the gradient of a loss into ``.grad`` and return its logs as numbers.
+
+    Raises:
+        ContractBroken: the loss is NaN or infinite; the parameters are then still as they were.
+    """
+    logs = {name: float(value) for name, value in loss.logs.items()}
+    logs["loss"] = float(loss.total.detach()) + (0.0 if loss.apart is None else float(loss.apart.detach()))
+    if not torch.isfinite(torch.tensor(logs["loss"])):
+        raise ContractBroken(
+            "training diverged: the loss is NaN or infinite", code="L01", where=where, do="a smaller --lr, with --fresh"
+        )
+    for p in parameters:
+        p.grad = None
+    if loss.apart is not None and loss.apart.requires_grad:
+        grads = torch.autograd.grad(
+            loss.apart, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        length = torch.stack([g.norm() for g in grads]).norm()
+        scale = (loss.apart_limit / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = g.detach() * scale
+        logs["gradient_clipped"] = float(length > loss.apart_limit)
+    loss.total.backward()
+    return logs
