@@ -105,7 +105,9 @@ def attack(
     )
     from robeval.evaluate.attacking import attack_run
     from robeval.evaluate.verify import verify
-    from robeval.reports.present import attack_summary, robust_interval
+    from robeval.reports.frames import AttackFacts
+    from robeval.reports.tables import attacks_table
+    from robeval.reports.writers import terminal
 
     with progress("attack") as on_progress:
         store = attack_run(classifier, chosen, settings, root=out, argv=sys.argv[1:], on_progress=on_progress)
@@ -114,16 +116,34 @@ def attack(
     checked.insist()
     for warning in store.warnings:
         note(warning)
+    facts = AttackFacts(store)
     if json:
-        print_json(attack_summary(store).to_json() | {"verified": checked.confirmed, "folder": str(store.folder)})
+        print_json(summary(facts) | {"verified": checked.confirmed, "folder": str(store.folder)})
     else:
-        attack_summary(store).to_terminal()
+        sys.stdout.write(terminal(attacks_table(store)))
         note(f"stored adversarial images re-verified {checked.confirmed}/{checked.checked}")
         note(f"{store.folder}   next: robeval certify {model} --data {data}")
     if fail_under is not None:
-        low = robust_interval(store)
+        low = min((facts.worst_case(e).interval[0] for e in facts.radii), default=1.0)
         if low < fail_under:
             raise GateFailed(f"robust accuracy may be as low as {low:.4f}, the limit is {fail_under:g}", code="G01")
+
+
+def summary(facts: Any) -> dict[str, Any]:
+    """The result for machines: the table of the run, and the empirical distance."""
+    from robeval.reports.tables import attacks_table
+
+    mean, found = facts.mean_distance()
+    return {
+        "model": facts.manifest["model"]["name"],
+        "norm": facts.norm,
+        "clean_accuracy": facts.clean_accuracy.value,
+        "worst_case": {f"{eps:g}": facts.worst_case(eps).value for eps in facts.radii},
+        "mean_distance": mean if found else None,
+        "distances_found": found,
+        "table": attacks_table(facts.store).to_json()["rows"],
+        **facts.cost(),
+    }
 
 
 def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str | None, **run: Any) -> Any:

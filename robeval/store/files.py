@@ -40,7 +40,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """A JSON file, whole or not at all."""
-    text = json.dumps(document, indent=1, default=str)
+    write_text(path, json.dumps(document, indent=1, default=str))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
     write_whole(path, lambda p: _text(p, text))
 
 

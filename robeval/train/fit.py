@@ -144,7 +144,7 @@ def _train_epoch(run: Run) -> None:
         began = time.monotonic()
         rows = order[state.batch * recipe.batch_size : (state.batch + 1) * recipe.batch_size]
         ids, count = run.train.ids[rows].tolist(), state.epoch * run.batches + state.batch
-        kind = {"attempts": [count] * len(ids), "dtype": run.train.x.dtype, "device": device}
+        kind: dict[str, Any] = {"attempts": [count] * len(ids), "dtype": run.train.x.dtype, "device": device}
         x = augment(run.train.x[rows], Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
         rng = Streams(recipe.seed, ids, f"train/{name}", **kind)
         for group in run.optimizer.param_groups:

@@ -45,7 +45,7 @@ def before_training(method: Spec, module: nn.Module, pretrained: bool) -> list[N
     choice = method.settings.get("batchnorm")
     if normalises_over_the_batch(module) and choice == "refuse":
         raise ContractBroken(
-            f"BN_INCOMPATIBLE: {name} needs the gradient of each image alone, and BatchNorm mixes the images of a batch",
+            f"BN_INCOMPATIBLE: {name} needs the gradient of each image alone, BatchNorm mixes those of a batch",
             code="L02",
             do="a network without BatchNorm such as resnet10_nobn, or --set batchnorm=frozen",
         )
@@ -84,7 +84,7 @@ def after_epoch(rows: Sequence[Mapping[str, float]], *, robust: bool, size: int,
             Notice(
                 "GRADIENT_MASKING",
                 epoch,
-                f"mean confidence {row['confidence_clean']:.4f} and {row['grad_nonzero']:.0f} of {size} gradient entries"
+                f"mean confidence {row['confidence_clean']:.4f}, {row['grad_nonzero']:.0f} of {size} gradient entries"
                 " are not zero: gradient attacks may fail without robustness; judge with square or a transfer attack",
             )
         )

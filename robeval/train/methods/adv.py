@@ -20,8 +20,8 @@ from robeval.train.step import Loss, accuracy
 
 
 @trainer(
-    source="Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards Deep Learning Models Resistant to Adversarial Attacks,"
-    " arXiv:1706.06083, section 2",
+    source="Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards Deep Learning Models Resistant to Adversarial"
+    " Attacks, arXiv:1706.06083, section 2",
     norms=("linf", "l2"),
     robust=True,
     aliases=("pgd-at", "madry"),

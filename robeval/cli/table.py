@@ -1,0 +1,59 @@
+"""``robeval table``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robeval.cli.common import OUTPUT, Quiet, note, set_quiet
+from robeval.core.errors import UsageError, unknown
+
+EXAMPLES = (
+    "**Examples**\n\n    robeval table runs\n\n    robeval table runs --norm linf --format latex --out table.tex\n\n"
+    "    robeval table runs/attack-model-1f2e3d4c --layout attacks"
+)
+
+
+def table(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or folders of runs.", metavar="RUNS")],
+    form: Annotated[
+        str, typer.Option("--format", help="terminal, markdown, latex, csv or json.", rich_help_panel=OUTPUT)
+    ] = "terminal",
+    layout: Annotated[
+        str, typer.Option("--layout", help="models (rows are models) or attacks (one run in detail).", rich_help_panel=OUTPUT)
+    ] = "models",
+    norm: Annotated[str | None, typer.Option("--norm", help="Only runs in this norm.")] = None,
+    ci: Annotated[
+        str, typer.Option("--ci", help="Intervals in LaTeX: bracket, pm or none.", rich_help_panel=OUTPUT)
+    ] = "bracket",
+    out: Annotated[str | None, typer.Option("--out", help="Write to this file.", rich_help_panel=OUTPUT)] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a table from finished runs, from their records alone."""
+    set_quiet(quiet)
+    from robeval.reports.tables import attacks_table, models_table
+    from robeval.reports.writers import write
+    from robeval.store.files import write_text
+    from robeval.store.find import runs as find_runs
+
+    stores = [s for text in runs for s in find_runs(text)]
+    if layout == "models":
+        texts = [write(models_table(stores, norm), form, ci)]
+    elif layout == "attacks":
+        chosen = [s for s in stores if s.manifest()["kind"] == "attack" and norm in (None, s.manifest()["threat"]["norm"])]
+        if form in ("json", "csv") and len(chosen) != 1:
+            raise UsageError(f"--layout attacks as {form} takes one run, these are {len(chosen)}", code="T03")
+        texts = [write(attacks_table(s), form, ci) for s in chosen]
+    else:
+        raise unknown("layout", layout, ("models", "attacks"))
+    for store in stores:
+        for warning in store.warnings:
+            note(warning)
+    if out:
+        write_text(Path(out), "\n".join(texts))
+        note(out)
+    else:
+        sys.stdout.write("\n".join(texts))

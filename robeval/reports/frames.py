@@ -1,0 +1,136 @@
+"""From per-image records to facts about a model: what was broken at which radius, by what, and at which distance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from robeval.core.records import CLEAN
+from robeval.reports.stats import Rate
+from robeval.store.runstore import RunStore
+
+# The verdict's tolerance, as the manifest of every run states it: eps * (1 + REL) + ABS.
+REL, ABS = 1e-6, 1e-9
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What one attack did at one radius.
+
+    Args:
+        label: The attack with its settings.
+        robust: Images still standing, of all images of the run, misclassified ones counted as broken.
+        alone: The attack saw every correctly classified image; otherwise only those that earlier attacks had left, and
+            ``robust`` counts what stands after all attacks so far.
+        broken: Images that this attack broke.
+        first: Images that it was the first to break.
+        attacked: Images that it saw.
+    """
+
+    label: str
+    robust: Rate
+    alone: bool
+    broken: int
+    first: int
+    attacked: int
+
+
+class AttackFacts:
+    """Everything that the tables say about one attack run.
+
+    Args:
+        store: The run.
+    """
+
+    def __init__(self, store: RunStore):
+        self.store, self.manifest = store, store.manifest()
+        self.norm: str = self.manifest["threat"]["norm"]
+        frame = store.frame()
+        self.clean = frame[frame["attack"] == CLEAN].set_index("index")
+        self.attacks = frame[frame["attack"] != CLEAN]
+        self.planned = int(self.manifest["data"]["images"])
+        self.labels: list[str] = [m["label"] for m in self.manifest["methods"]]
+        self.radii: list[float] = list(self.manifest["threat"]["eps"])
+
+    @property
+    def complete(self) -> bool:
+        """Every image has been decided by every attack that had to see it."""
+        if len(self.clean) < self.planned:
+            return False
+        for method in self.manifest["methods"]:
+            for eps in self.radii or [math.inf]:
+                mine = self.attacks[self.attacks["attack"] == method["label"]]
+                mine = mine[np.isinf(mine["eps"]) if method["search"] == "minimal" else mine["eps"] == eps]
+                seen = set(mine["index"])
+                left = self.clean.index[self.clean["clean_correct"]].difference(pd.Index(sorted(seen)))
+                standing = self.distances().reindex(left) > eps * (1 + REL) + ABS
+                if (self.manifest["settings"]["each"] and len(left)) or bool(standing.any()):
+                    return False
+        return True
+
+    @property
+    def clean_accuracy(self) -> Rate:
+        """Correctly classified images."""
+        return Rate(int(self.clean["clean_correct"].sum()), len(self.clean))
+
+    def hits(self, eps: float) -> pd.DataFrame:
+        """Records that break an image at this radius: a verified image within the ball, whatever eps it was sought at."""
+        close = self.attacks[f"distance_{self.norm}"] <= eps * (1 + REL) + ABS
+        return self.attacks[self.attacks["success"] & close]
+
+    def standing(self, eps: float) -> pd.Series:
+        """Per image: correct and broken by none of the attacks. Indexed by image id, bool."""
+        return self.clean["clean_correct"] & ~self.clean.index.isin(self.hits(eps)["index"])
+
+    def worst_case(self, eps: float) -> Rate:
+        """Upper bound on robust accuracy: images that no attack broke."""
+        return Rate(int(self.standing(eps).sum()), len(self.clean))
+
+    def not_evaluated(self, eps: float) -> int:
+        """Images that stand only because the model gave no answer under attack."""
+        failed = self.attacks[(self.attacks["error"] != "") & (self.attacks["eps"] >= eps)]
+        return int(self.standing(eps).reindex(failed["index"].unique()).sum())
+
+    def per_attack(self, eps: float) -> list[Attacked]:
+        """One entry per attack, in the order in which they ran."""
+        correct = set(self.clean.index[self.clean["clean_correct"]])
+        hits = self.hits(eps)
+        # Radii ran in ascending order, nearest-point searches at the first: what they found was known before.
+        earlier = (hits["eps"] < eps) | (np.isinf(hits["eps"]) & (eps > min(self.radii, default=eps)))
+        fallen = set(hits.loc[earlier, "index"])
+        found = []
+        for label in self.labels:
+            mine = self.attacks[(self.attacks["attack"] == label) & (self.attacks["eps"] >= eps)]
+            broken = set(hits.loc[(hits["attack"] == label) & (hits["eps"] >= eps), "index"])
+            alone = correct <= set(mine["index"])
+            left = correct - broken - (set() if alone else fallen)
+            rate = Rate(len(left), len(self.clean))
+            found.append(Attacked(label, rate, alone, len(broken), len(broken - fallen), len(mine)))
+            fallen |= broken
+        return found
+
+    def distances(self) -> pd.Series:
+        """Smallest verified distance per image over all attacks; 0 where misclassified, inf where nothing was found."""
+        column = f"distance_{self.norm}"
+        nearest = self.attacks[self.attacks["success"]].groupby("index")[column].min()
+        distance = nearest.reindex(self.clean.index).fillna(math.inf)
+        return distance.where(self.clean["clean_correct"], 0.0)
+
+    def mean_distance(self) -> tuple[float, int]:
+        """Mean of the finite distances, and how many images have one."""
+        finite = self.distances()
+        finite = finite[np.isfinite(finite)]
+        return (float(finite.mean()) if len(finite) else math.nan), len(finite)
+
+    def cost(self) -> dict[str, Any]:
+        """Passes over all records, and seconds over all invocations."""
+        sessions = self.store.sessions()
+        return {
+            "forwards": int(self.clean["forwards"].sum() + self.attacks["forwards"].sum()),
+            "backwards": int(self.attacks["backwards"].sum()),
+            "seconds": round(sum(s.get("seconds", 0.0) for s in sessions), 1),
+        }

@@ -1,0 +1,144 @@
+"""One table, five forms: terminal, Markdown, LaTeX, CSV, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from robeval.core.errors import unknown
+from robeval.reports.stats import Rate
+from robeval.reports.tables import Cell, Table, frame_of
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def text(cell: Cell, digits: int = 4) -> str:
+    """A cell for people."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float):
+        return f"{cell:.{digits}f}" if math.isfinite(cell) else "-"
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    return CONTROL.sub("", str(cell))
+
+
+def terminal(table: Table) -> str:
+    """Aligned columns; rates with their interval below the percentage."""
+    shown = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in table.columns:
+        numbers = any(isinstance(r.get(column), (int, float, Rate)) for r in table.rows)
+        shown.add_column(CONTROL.sub("", column), justify="right" if numbers else "left", overflow="fold")
+
+    def stacked(cell: Cell) -> str:
+        if isinstance(cell, Rate) and cell.n:
+            low, high = cell.interval
+            return f"{100 * cell.value:.1f} %\n{cell.k}/{cell.n}\n[{100 * low:.1f}, {100 * high:.1f}]"
+        return text(cell)
+
+    for row in table.rows:
+        shown.add_row(*(stacked(row.get(c)) for c in table.columns))
+    buffer = StringIO()
+    console = Console(file=buffer, width=max(Console().width, 100), highlight=False, markup=False)
+    console.print(shown)
+    for note in table.notes:
+        console.print(CONTROL.sub("", note), style="dim")
+    return buffer.getvalue()
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table with the notes below it."""
+
+    def escape(value: str) -> str:
+        return value.replace("|", "\\|").replace("<", "&lt;")
+
+    lines = ["| " + " | ".join(escape(c) for c in table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    lines += ["| " + " | ".join(escape(text(row.get(c))) for c in table.columns) + " |" for row in table.rows]
+    return "\n".join([f"**{escape(table.title)}**", "", *lines, "", *(f"- {escape(n)}" for n in table.notes)]) + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def latex_text(value: str) -> str:
+    """Any text as LaTeX that prints it and does nothing else."""
+    escaped = "".join(LATEX.get(c, c) for c in CONTROL.sub("", value).replace("\n", " "))
+    return escaped.replace(r"\textless{}=", r"$\leq$")
+
+
+def latex(table: Table, ci: str = "bracket") -> str:
+    """A booktabs table with siunitx columns for plain numbers (needs both packages).
+
+    Args:
+        table: What to write.
+        ci: Interval of rates: ``bracket``, ``pm`` or ``none``.
+
+    Raises:
+        UsageError: unknown ``ci``.
+    """
+    if ci not in ("bracket", "pm", "none"):
+        raise unknown("--ci", ci, ("bracket", "pm", "none"))
+
+    def write(cell: Cell) -> str:
+        if isinstance(cell, Rate) and cell.n:
+            low, high = (100 * end for end in cell.interval)
+            value = f"{100 * cell.value:.1f}"
+            if ci == "none":
+                return value
+            return f"{{{value} [{low:.1f}, {high:.1f}]}}" if ci == "bracket" else f"{{{value} $\\pm$ {(high - low) / 2:.1f}}}"
+        return text(cell) if isinstance(cell, float) else f"{{{latex_text(text(cell))}}}"
+
+    frame = frame_of(table, write)
+    frame.columns = [f"{{{latex_text(c)}}}" for c in table.columns]
+    body: str = frame.style.hide(axis="index").to_latex(hrules=True, siunitx=True, column_format="S" * len(frame.columns))
+    notes = "\n".join(f"% {CONTROL.sub('', n)}" for n in [table.title, *table.notes]).replace("\n%", "\n%")
+    return f"{notes}\n{body}"
+
+
+def csv(table: Table) -> str:
+    """One column per number: a rate becomes value, k, n, low and high. Text that a spreadsheet would run is quoted."""
+
+    def guard(cell: Any) -> Any:
+        risky = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and len(cell) > 1
+        return f"'{cell}" if risky else cell
+
+    import pandas as pd
+
+    rows = []
+    for row in table.rows:
+        flat: dict[str, Any] = {}
+        for column in table.columns:
+            cell = row.get(column)
+            if isinstance(cell, Rate):
+                low, high = cell.interval
+                flat |= {column: cell.value, f"{column} k": cell.k, f"{column} n": cell.n}
+                flat |= {f"{column} low": low, f"{column} high": high}
+            else:
+                flat[column] = guard(cell)
+        rows.append(flat)
+    return str(pd.DataFrame(rows).to_csv(index=False))
+
+
+def write(table: Table, form: str, ci: str = "bracket") -> str:
+    """A table in the form of that name.
+
+    Raises:
+        UsageError: no such form.
+    """
+    forms = {"terminal": terminal, "markdown": markdown, "csv": csv}
+    if form == "latex":
+        return latex(table, ci)
+    if form == "json":
+        return json.dumps(table.to_json(), indent=2) + "\n"
+    if form not in forms:
+        raise unknown("format", form, [*forms, "latex", "json"])
+    return forms[form](table)

@@ -1,0 +1,45 @@
+"""Starting weights that depend on a seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from robeval.core.errors import unknown
+
+KINDS = ("he", "torch")
+
+
+def seeded(build: Callable[[], nn.Module], seed: int, kind: str = "he") -> nn.Module:
+    """Build a network with weights from a seed; the global generator is put back.
+
+    Args:
+        build: Makes the network.
+        seed: Seed of the weights.
+        kind: ``he`` draws convolutions and dense layers as He et al. 2015 (fan-in, gain of ReLU, zero biases), which
+            lets deep networks with smooth activations start to learn; ``torch`` leaves torch's own draw.
+
+    Raises:
+        UsageError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise unknown("initial weights", kind, KINDS)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        module = build()
+        if kind == "he":
+            for layer in module.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+    return module
+
+
+def data_normalisation(x: torch.Tensor) -> dict[str, Any]:
+    """Mean and standard deviation of each channel, rounded to four digits. Shapes: x (N, C, H, W)."""
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)
+    return {"mean": [round(float(m), 4) for m in mean], "std": [round(float(s), 4) for s in std]}
