@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (3, 11)
@@ -130,6 +131,12 @@ def job_command(job: str, bin_: Path, extra: list[str]) -> list[str]:
     return [str(bin_ / "python"), "-m", "pytest", "-n", "2", *extra]
 
 
+def become(command: list[str]) -> NoReturn:
+    """Turn this process into the job: signals and the exit code are the job's own."""
+    # Waiting threads that spin steal time from the others on a shared machine.
+    os.execve(command[0], command, {"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Install if needed, then become the job; returns only when there is nothing to become."""
     words = sys.argv[1:] if arguments is None else arguments
@@ -151,12 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     if job == "setup":
         return 0
-    # Waiting threads that spin steal time from the others on a shared machine.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    command = job_command(job, bin_, extra)
     if job == "test":
         os.chdir(ROOT)
-    os.execve(command[0], command, environment)
+    become(job_command(job, bin_, extra))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def recorder(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder(checkout)
-    monkeypatch.setattr(bootstrap.subprocess, "run", recorder.run)
+    monkeypatch.setattr(subprocess, "run", recorder.run)
     monkeypatch.setattr(bootstrap, "ROOT", checkout)
     return recorder
 
@@ -139,7 +140,7 @@ def test_an_old_python_can_still_read_this_file() -> None:
 def test_a_python_without_ensurepip_is_told_how_to_get_it(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
     assert bootstrap.main(["test"]) == 5
     said = capsys.readouterr().err
     assert "no ensurepip" in said
@@ -158,7 +159,7 @@ def test_the_job_gets_the_users_arguments_and_quiet_threads(
     checkout: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, words: list[str], command: list[str]
 ) -> None:
     became: list[tuple[str, list[str], dict[str, str]]] = []
-    monkeypatch.setattr(bootstrap.os, "execve", lambda *call: became.append(call))
+    monkeypatch.setattr(os, "execve", lambda *call: became.append(call))
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     bootstrap.main(words)

@@ -106,7 +106,7 @@ def test_the_source_archive_does_not_follow_the_links(built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def outside(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs folder of a clean environment with the wheel; third-party packages are borrowed, the house is not."""
+    """The programs folder of a clean environment with the wheel; other packages are borrowed."""
     home = tmp_path_factory.mktemp("outside")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home / "env")], check=True)
     python = home / "env" / "bin" / "python"

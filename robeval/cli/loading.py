@@ -112,8 +112,8 @@ def load_both(
         arch=arch,
         arch_args=pairs(arch_arg) or None,
         normalise=normalisation(normalise),
-        classes=images.classes,
-        input_shape=tuple(images.x.shape[1:]),
+        classes=images.classes if arch else None,  # a robeval checkpoint knows its own
+        input_shape=tuple(images.x.shape[1:]) if arch else None,
     )
     if isinstance(classifier.module, nn.Module):
         classifier.module.to(where)

@@ -99,9 +99,7 @@ def train(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", help="Model file, .pt or .safetensors; METHOD.pt by default.", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--out", "-o", help="Model file, .pt or .safetensors.", rich_help_panel=OUTPUT),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -128,9 +126,8 @@ def train(
         where, {"data": data},
     )  # fmt: skip
     images = load(data, "train")
-    notices: list[Any] = []
     with progress(f"train {spec.label}") as on_progress:
-        result = run_job(job, images, on_progress=on_progress, on_notice=lambda n: (notices.append(n), note(str(n)))[0])
+        result = run_job(job, images, on_progress=on_progress, on_notice=lambda notice: note(str(notice)))
     if result.resumed == "finished":
         note("this training is finished already; --fresh trains anew")
     elif result.resumed == "yes":

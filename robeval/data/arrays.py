@@ -11,6 +11,8 @@ import torch
 from robeval.core.errors import ContractBroken
 from robeval.core.images import Images
 
+MAX_CLASSES = 100_000
+
 
 def make(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], *, name: str, classes: Sequence[str] | None) -> Images:
     """Images of a whole split, ids 0 to N - 1.
@@ -78,4 +80,7 @@ def labels(y: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     if len(y) and y.min() < 0:
         row = int(np.flatnonzero(y < 0)[0])
         raise ContractBroken(f"label {y[row]} at image {row}, classes start at 0", code="D10", where=name)
+    if len(y) and y.max() >= MAX_CLASSES:
+        row = int(y.argmax())
+        raise ContractBroken(f"label {y[row]} at image {row} is no class number", code="D10", where=name)
     return y

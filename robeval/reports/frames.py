@@ -95,6 +95,11 @@ class AttackFacts:
         failed = self.attacks[(self.attacks["error"] != "") & (self.attacks["eps"] >= eps)]
         return int(self.standing(eps).reindex(failed["index"].unique()).sum())
 
+    def ran(self, label: str, eps: float) -> pd.DataFrame:
+        """Records of an attack that was run at this radius, or that searched the nearest point."""
+        own = (self.attacks["eps"] == eps) | np.isinf(self.attacks["eps"])
+        return self.attacks[(self.attacks["attack"] == label) & own]
+
     def per_attack(self, eps: float) -> list[Attacked]:
         """One entry per attack, in the order in which they ran."""
         correct = set(self.clean.index[self.clean["clean_correct"]])
@@ -104,8 +109,8 @@ class AttackFacts:
         fallen = set(hits.loc[earlier, "index"])
         found = []
         for label in self.labels:
-            mine = self.attacks[(self.attacks["attack"] == label) & (self.attacks["eps"] >= eps)]
-            broken = set(hits.loc[(hits["attack"] == label) & (hits["eps"] >= eps), "index"])
+            mine = self.ran(label, eps)
+            broken = set(mine["index"]) & set(hits.loc[hits["attack"] == label, "index"])
             alone = correct <= set(mine["index"])
             left = correct - broken - (set() if alone else fallen)
             rate = Rate(len(left), len(self.clean))

@@ -134,7 +134,7 @@ def attacks_table(store: RunStore) -> Table:
     rows: list[dict[str, Cell]] = []
     for eps in f.radii:
         for a in f.per_attack(eps):
-            mine = f.attacks[(f.attacks["attack"] == a.label) & (f.attacks["eps"] >= eps)]
+            mine = f.ran(a.label, eps)
             rows.append(
                 {
                     "eps": pretty(eps),

@@ -1,1 +1,1 @@
-"""Run folders: a manifest, immutable Parquet parts, stored images. No torch."""
+"""Run folders: a manifest and immutable Parquet parts. No torch, no database in the write path."""

@@ -1,4 +1,4 @@
-"""Find runs in a folder."""
+"""The runs at a path."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from robeval.core.errors import FileRefused
 from robeval.store.runstore import RunStore
 
 
-def runs(path: str | Path) -> list[RunStore]:
-    """The run in this folder, or all runs one level below it, by name.
+def runs(path: str | Path, *, check_examples: bool = False) -> list[RunStore]:
+    """A run folder, or every run in a folder of runs, in order of their names.
 
     Raises:
-        FileRefused: no run there.
+        FileRefused: no run there (R05).
     """
-    folder = Path(path)
-    found = [folder] if (folder / "manifest.json").is_file() else sorted(p.parent for p in folder.glob("*/manifest.json"))
+    path = Path(path)
+    if (path / "manifest.json").exists():
+        return [RunStore.open(path, check_examples=check_examples)]
+    found = sorted(p.parent for p in path.glob("*/manifest.json")) if path.is_dir() else []
     if not found:
-        raise FileRefused(f"no run in {folder}", code="R05", do="give a folder that robeval attack or certify made")
-    return [RunStore.open(p) for p in found]
+        raise FileRefused(
+            f"no run found at {path}", code="R05", why="a run is a folder with a manifest.json", do="robeval attack MODEL"
+        )
+    return [RunStore.open(p, check_examples=check_examples) for p in found]

@@ -1,20 +1,65 @@
-"""What a run is: enough to repeat it, and the part of it that makes it the same run."""
+"""The manifest of a run: what was computed, from what, with which settings, by which software."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import re
 import subprocess
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from robeval import __version__
-from robeval.core.records import SCHEMA
+import robeval
+from robeval.core.numbers import pretty
+from robeval.core.records import SCHEMA, AttackRecord, Certificate
 
-PACKAGES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors")
+#: Kind of run -> its record.
+RECORDS: dict[str, type] = {"attack": AttackRecord, "certify": Certificate}
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "torchattacks", "pyautoattack")
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON has: tuples become lists, infinity and NaN become the words that ``float`` reads."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the checkout that robeval runs from; empty when it is not a checkout."""
+    home = Path(robeval.__file__).resolve().parents[1]
+    if not (home / ".git").exists():
+        return {}
+    said = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            said.append(subprocess.run(["git", "-C", str(home), *command], capture_output=True, text=True, timeout=5))
+        except (OSError, subprocess.TimeoutExpired):
+            return {}
+    if any(s.returncode for s in said):
+        return {}
+    return {"commit": said[0].stdout.strip(), "changed": bool(said[1].stdout.strip())}
 
 
 def new_manifest(
@@ -23,80 +68,105 @@ def new_manifest(
     model: dict[str, Any],
     data: dict[str, Any],
     threat: dict[str, Any],
-    methods: list[dict[str, Any]],
+    methods: list[Any],
     seed: int,
     settings: dict[str, Any],
     argv: list[str],
 ) -> dict[str, Any]:
-    """The manifest of a new run.
+    """Describe a run before it starts.
 
     Args:
-        kind: ``attack`` or ``certify``.
-        model: Name, fingerprint, file, architecture and so on.
-        data: Name, fingerprint of the whole chosen set, ids.
-        threat: Norm and radii.
-        methods: One entry per attack or bound: label, name, settings, hash, source.
-        seed: Seed of the run.
-        settings: Everything else that was chosen.
-        argv: The command line.
+        kind: A key of :data:`RECORDS`.
+        model: ``name`` and ``fingerprint`` at least.
+        data: ``name``, ``fingerprint`` of the FULL chosen image set (not of a shard), and ``n``, its number of images.
+        threat: ``norm`` and ``eps``, a list of radii in pixel units.
+        methods: In the order in which they run, each a dict with ``label`` (the name used in the records) and whatever
+            else defines it, or just the label.
+        settings: All other resolved settings; not part of the identity.
+        argv: The command as it was typed.
+
+    Raises:
+        ValueError: an unknown kind.
     """
-    manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "model": model,
-        "data": data,
-        "threat": threat,
-        "methods": methods,
-        "seed": seed,
-        "settings": settings,
-        "argv": argv,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "robeval": __version__,
-        "packages": {name: _version(name) for name in PACKAGES},
-        "platform": {"system": platform.system(), "machine": platform.machine(), "python": platform.python_version()},
-        "git": _git(),
-    }
-    manifest["run_id"] = run_id(manifest)
-    return json.loads(json.dumps(manifest, default=str))  # type: ignore[no-any-return]
+    if kind not in RECORDS:
+        raise ValueError(f"unknown kind of run {kind!r}, expected one of {', '.join(RECORDS)}")
+    manifest: dict[str, Any] = _plain(
+        {
+            "schema": SCHEMA,
+            "kind": kind,
+            "model": model,
+            "data": data,
+            "threat": threat,
+            "methods": methods,
+            "seed": seed,
+            "settings": settings,
+            "argv": argv,
+            "robeval": robeval.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": _versions(),
+            "git": _git(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+    manifest["run"] = run_id(manifest)
+    return manifest
 
 
-def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The part that decides whether two commands are the same run."""
+def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same run: everything that can change a record, and nothing else."""
     return {
         "schema": manifest["schema"],
         "kind": manifest["kind"],
-        "model": manifest["model"]["fingerprint"],
-        "data": [manifest["data"]["name"], manifest["data"]["fingerprint"]],
+        "model": manifest["model"].get("fingerprint", ""),
+        "data": {k: manifest["data"].get(k, "") for k in ("name", "fingerprint")},
         "threat": manifest["threat"],
-        "methods": [m["hash"] for m in manifest["methods"]],
+        "methods": manifest["methods"],
         "seed": manifest["seed"],
-        "settings": manifest["settings"],
     }
 
 
-def run_id(manifest: dict[str, Any]) -> str:
-    """Hash of the identity."""
-    return hashlib.sha256(json.dumps(identity(manifest), sort_keys=True, default=str).encode()).hexdigest()
+def run_id(manifest: Mapping[str, Any]) -> str:
+    """Hash of the identity, 16 hex digits."""
+    text = json.dumps(_plain(identity(manifest)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def folder_name(manifest: dict[str, Any]) -> str:
-    """A folder name that the same command finds again: kind, model and hash."""
-    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", str(manifest["model"]["name"])).strip("-")[:40] or "model"
-    return f"{manifest['kind']}-{slug}-{run_id(manifest)[:8]}"
+def slug(name: str) -> str:
+    """A name that is safe in every file system; the real name stays in the manifest."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:40] or "model"
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
+def folder_name(manifest: Mapping[str, Any]) -> str:
+    """Such as ``attack-digits_cnn-7f3a12cd``; the same command always gives the same name."""
+    return f"{manifest['kind']}-{slug(str(manifest['model'].get('name', '')))}-{run_id(manifest)[:8]}"
 
 
-def _git() -> str:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+def labels(manifest: Mapping[str, Any]) -> list[str]:
+    """Labels of the methods, in the order in which they run."""
+    return [m if isinstance(m, str) else str(m.get("label", m.get("name", ""))) for m in manifest["methods"]]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key in sorted(value):
+            yield from _leaves(value[key], f"{path}.{key}" if path else key)
+    else:
+        yield path, value
+
+
+def _said(name: str, value: Any) -> str:
+    if name.rpartition(".")[2] == "eps":
+        values = value if isinstance(value, list) else [value]
+        return ",".join(pretty(float(v)) for v in values if v is not None)
+    return str(value if value not in (None, "") else "none")
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """First part of the identity that differs: (name, text of the old one, text of the new one); None when equal."""
+    before, after = (dict(_leaves(_plain(identity(m)))) for m in (old, new))
+    for key in [*before, *(k for k in after if k not in before)]:
+        if before.get(key) != after.get(key):
+            name = key.removeprefix("threat.")
+            return name, _said(key, before.get(key)), _said(key, after.get(key))
+    return None

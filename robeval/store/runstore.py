@@ -1,221 +1,319 @@
-"""A run on disk: immutable parts, each written whole, whose name is its key."""
+"""A run on disk: ``RUN/manifest.json``, ``records/part-*.parquet``, ``examples/part-*.safetensors``, ``sessions/*.json``.
+
+A part is written once and never changed: the images first, then the records that name their hash, so that records
+without their images cannot exist. What is acknowledged survives ``kill -9``; what is not leaves nothing behind.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from numpy.typing import NDArray
 
-from robeval.core.errors import ContractBroken, FileRefused, UsageError
-from robeval.core.records import SCHEMA, AttackRecord, Certificate
-from robeval.store.files import lock, make_folder, write_json, write_whole
-from robeval.store.manifest import folder_name, identity
+from robeval.core.errors import FileRefused, MachineError, UsageError
+from robeval.core.records import SCHEMA
+from robeval.store import parts
+from robeval.store.atomic import Lock, cannot_write, write_whole
+from robeval.store.frame import KEYS, same_eps, settle
+from robeval.store.manifest import RECORDS, difference, folder_name, run_id
 
-Record = AttackRecord | Certificate
-ARROW = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "str": pa.string()}
-KEYS = {"attack": ("index", "attack", "eps"), "certify": ("index", "bound", "norm", "eps")}
-RECORDS = {"attack": AttackRecord, "certify": Certificate}
+_PART = re.compile(r"part-(?P<shard>[A-Za-z0-9_]+)-(?P<seq>\d{6})")
 
 
-def arrow_schema(record: type[Record]) -> pa.Schema:
-    """The Parquet schema, from the record's own declaration."""
-    return pa.schema([pa.field(f.name, ARROW[str(f.type)]) for f in fields(record)])
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if path.is_symlink():
+        raise FileRefused(f"{path} is a link; refused", code="R06", why="a file of a run is never a link")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        newer = int(manifest["schema"]) > SCHEMA
+        record, _ = manifest["kind"], run_id(manifest)
+    except FileNotFoundError:
+        raise FileRefused(f"no run at {folder}", code="R05", why="it has no manifest.json") from None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}", code="E03") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileRefused(f"{path} is damaged or is no manifest", code="R05") from None
+    if newer:
+        raise UsageError(
+            f"{folder.name} was written by robeval {manifest.get('robeval', 'of a later version')}, which is newer",
+            code="R03",
+            where=str(path),
+            do="upgrade robeval",
+        )
+    if record not in RECORDS:
+        raise FileRefused(f"{path} is a run of unknown kind {record!r}", code="R05")
+    return manifest  # type: ignore[no-any-return]
 
 
-@dataclass
 class RunStore:
-    """One run folder.
+    """One run folder. Made by :meth:`create_or_open` to write, or by :meth:`open` to read.
 
-    Args:
-        folder: Where it lies.
-        shard: Prefix of the parts that this process writes, such as ``1of2``.
-        warnings: What was found damaged and set aside.
+    Attributes:
+        folder: The run folder.
+        warnings: Lines for the person: parts that were damaged and set aside.
     """
 
-    folder: Path
-    shard: str = ""
-    warnings: list[str] = field(default_factory=list)
-    _lock: IO[bytes] | None = None
+    def __init__(self, folder: Path, manifest: dict[str, Any], shard: str | None, check_examples: bool):
+        self.folder = folder
+        self.warnings: list[str] = []
+        self._manifest = manifest
+        self._shard = shard
+        self._check_examples = check_examples
+        self._record = RECORDS[manifest["kind"]]
+        self._run = run_id(manifest)
+        self._parts: dict[str, tuple[pa.Table, str]] = {}
+        self._refused: set[str] = set()
 
     @classmethod
-    def create_or_open(cls, root: str | Path, manifest: dict[str, Any], shard: str = "") -> RunStore:
-        """The folder of this run under ``root``, made if it is not there.
+    def create_or_open(
+        cls, root: str | Path, manifest: Mapping[str, Any], shard: str = "", *, name: str = ""
+    ) -> RunStore:
+        """Open ``root/NAME`` to write, and make it when it is not there.
+
+        Args:
+            manifest: From :func:`robeval.store.manifest.new_manifest`.
+            shard: Such as ``1/4``; writers of different shards may work on one run at the same time.
+            name: Name of the folder; by default the one that the manifest's identity gives.
 
         Raises:
-            UsageError: the folder holds another run, or one of a newer schema.
-            MachineError: it cannot be written.
+            UsageError: the folder holds another run (R01), or one of a newer robeval (R03).
+            FileRefused: the folder's manifest is damaged (R05), or a file in it is a link (R06).
+            MachineError: the folder cannot be written (E03), or another process is writing this shard (E04).
         """
-        store = cls(Path(root) / folder_name(manifest), shard)
-        file = store.folder / "manifest.json"
-        if file.is_file():
-            there = store.manifest()
-            differs = [k for k, v in identity(manifest).items() if identity(there).get(k) != v]
-            if differs:
-                raise UsageError(f"{store.folder} holds a run with another {', '.join(differs)}", code="R01")
-        else:
-            for part in ("records", "examples", "sessions"):
-                make_folder(store.folder / part)
-            write_json(file, manifest)
-        store._lock = lock(store.folder / f".lock-{shard or 'all'}")
-        store._tidy()
+        folder = Path(root) / (name or folder_name(manifest))
+        tag = re.sub(r"[^A-Za-z0-9]+", "of", shard).strip("_") or "all"
+        try:
+            for kind in ("records", "examples", "sessions"):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+                if (folder / kind).is_symlink():
+                    raise FileRefused(f"{folder / kind} is a link; refused", code="R06")
+            if not Lock(folder / f".lock-{tag}").acquire():
+                raise MachineError("another process is writing this run", code="E04", where=str(folder))
+            if not (folder / "manifest.json").exists():
+                text = json.dumps(manifest, indent=2) + "\n"
+                write_whole(folder / "manifest.json", text.encode(), tag)
+        except OSError as error:
+            raise cannot_write(error, folder) from None
+        found = _read_manifest(folder)
+        differs = difference(found, manifest)
+        if differs:
+            Lock(folder / f".lock-{tag}").release()
+            what, old, new = differs
+            raise UsageError(
+                f"this run used {what} {old}, you gave {new}",
+                code="R01",
+                where=str(folder),
+                do="use the same settings, or another folder",
+            )
+        store = cls(folder, found, tag, True)
+        store._sweep()
+        store._scan()
         return store
 
     @classmethod
-    def open(cls, folder: str | Path) -> RunStore:
-        """An existing run.
+    def open(cls, folder: str | Path, *, check_examples: bool = True) -> RunStore:
+        """Open a run to read.
+
+        Args:
+            check_examples: Also check the hash of every examples file now; otherwise when its images are read.
 
         Raises:
-            FileRefused: not a run folder.
-            UsageError: written by a newer robeval.
+            FileRefused: no run there or a damaged manifest (R05), or a file in it is a link (R06).
+            UsageError: written by a newer robeval (R03).
         """
-        store = cls(Path(folder))
-        if not (store.folder / "manifest.json").is_file():
-            raise FileRefused(f"no run in {folder}", code="R05", do="give a folder that robeval attack or certify made")
-        store.manifest()
+        folder = Path(folder)
+        store = cls(folder, _read_manifest(folder), None, check_examples)
+        store._sweep()
+        store._scan()
         return store
 
     def manifest(self) -> dict[str, Any]:
-        """What was run.
+        return self._manifest
 
-        Raises:
-            UsageError: the schema is newer than this robeval's.
-            FileRefused: the manifest is damaged.
-        """
-        try:
-            manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            schema = manifest["schema"]
-        except (ValueError, KeyError, TypeError):
-            raise FileRefused(f"{self.folder}/manifest.json is damaged", code="R05") from None
-        if schema > SCHEMA:
-            raise UsageError(f"written by robeval {manifest.get('robeval')}", code="R03", do="update robeval")
-        return manifest
-
-    def append(self, records: Sequence[Record], examples: np.ndarray | None = None) -> None:
-        """Write one part: first the images, then the records that point at them.
+    def append(self, records: Sequence[Any], examples: NDArray[np.float32] | None = None) -> str:
+        """Save records as one part; when this returns, they are safe. Gives the name of the part.
 
         Args:
-            records: Rows of one type.
-            examples: (m, C, H, W) float32; a record's ``example`` is its row here.
+            records: Rows of this run's record type; ``example`` of a row, where it is >= 0, is a row of ``examples``.
+            examples: (m, C, H, W) float32.
 
         Raises:
-            MachineError: the disk refuses; nothing half-written stays.
+            MachineError: disk full, read-only or over quota; nothing of this part is left (E03).
         """
-        prefix = f"part-{self.shard}-" if self.shard else "part-"
-        taken = [int(p.stem.removeprefix(prefix)) for p in self._parts() if p.stem.removeprefix(prefix).isdigit()]
-        name = f"{prefix}{max(taken, default=-1) + 1:06d}"
-        digest = ""
-        if examples is not None:
-            file = self.folder / "examples" / f"{name}.safetensors"
-            write_whole(file, lambda p: save_file({"x": np.ascontiguousarray(examples, np.float32)}, p))
-            digest = _sha256(file)
-        schema = arrow_schema(type(records[0])).with_metadata({"examples_sha256": digest, "schema": str(SCHEMA)})
-        table = pa.Table.from_pylist([asdict(r) for r in records], schema=schema)
-        write_whole(
-            self.folder / "records" / f"{name}.parquet", lambda p: pq.write_table(table, p, write_page_checksum=True)
-        )
+        if self._shard is None:
+            raise RuntimeError("this run was opened to read")
+        if not records:
+            return ""
+        stored = 0 if examples is None else len(examples)
+        if any(type(r) is not self._record or getattr(r, "example", -1) >= stored for r in records):
+            raise ValueError(f"rows must be {self._record.__name__}, and their example a row of the {stored} examples")
+        name = self._next_name()
+        images = b"" if examples is None or not stored else parts.encode_examples(examples)
+        digest = parts.sha256(images) if images else ""
+        raw = parts.encode(records, self._run, digest)
+        try:
+            if images:
+                write_whole(self._examples(name), images, self._shard)
+            write_whole(self._records(name), raw, self._shard)
+        except BaseException as error:
+            for path in (self._records(name), self._examples(name)):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                count = sum(t.num_rows for t, _ in self._parts.values())
+                raise cannot_write(error, self.folder, f"{count} records") from None
+            raise
+        self._parts[name] = parts.decode(raw, self._record, self._run)
+        return name
 
     def frame(self) -> pd.DataFrame:
-        """All records, each key once, in the order of their parts; the column ``part`` says where each stands.
+        """All records with the columns of their dataclass and ``part``, one row per key, parts of other shards included.
 
         Raises:
-            ContractBroken: two parts disagree on the same image and method.
+            ContractBroken: two records of the same key disagree: the model is not repeatable.
         """
-        kind = self.manifest()["kind"]
-        frames = []
-        for path in self._parts():
-            table = self._read(path)
-            if table is not None:
-                frames.append(table.to_pandas().assign(part=path.stem))
-        if not frames:
-            return pd.DataFrame({f.name: pd.Series(dtype=_dtype(str(f.type))) for f in fields(RECORDS[kind])}).assign(
-                part=pd.Series(dtype=str)
-            )
-        frame = pd.concat(frames, ignore_index=True)
-        key = list(KEYS[kind])
-        content = [c for c in frame.columns if c not in ("part", "example")]
-        unique = frame.drop_duplicates(content)
-        clash = unique[unique.duplicated(key)]
-        if len(clash):
-            raise ContractBroken(
-                f"two results for image {clash['index'].iloc[0]}: the model is not repeatable",
-                code="C12",
-                where=f"{self.folder}: {', '.join(sorted(set(clash['part'])))}",
-            )
-        return unique.reset_index(drop=True)
+        self._scan()
+        tables = [t.append_column("part", pa.array([n] * t.num_rows, pa.string())) for n, (t, _) in self._in_order()]
+        empty = parts.arrow_schema(self._record).append(pa.field("part", pa.string(), nullable=False)).empty_table()
+        frame = pa.concat_tables([empty.replace_schema_metadata(None), *tables], promote_options="permissive").to_pandas()
+        return settle(frame, KEYS[self._record], self._manifest["model"].get("name", "the model"))
 
-    def examples(self, rows: pd.DataFrame) -> np.ndarray:
-        """Stored images of some rows of :meth:`frame`, in their order. -> (m, C, H, W) float32.
+    def done(self, method: str, eps: float = math.nan) -> set[int]:
+        """Ids of the images that have a record of this attack or bound at this eps (nan: where a radius was sought)."""
+        self._scan()
+        column = "attack" if "attack" in parts.arrow_schema(self._record).names else "bound"
+        ids: set[int] = set()
+        for table, _ in self._parts.values():
+            frame = table.select(["index", column, "eps"]).to_pandas()
+            ids.update(frame.loc[(frame[column] == method) & same_eps(frame["eps"], eps), "index"].tolist())
+        return ids
+
+    def examples(self, rows: pd.DataFrame) -> NDArray[np.float32]:
+        """Stored images of rows of :meth:`frame`, (n, C, H, W) float32 in the order of the rows.
 
         Raises:
-            FileRefused: a part's images are missing or damaged.
+            FileRefused: a row has no stored image, or the images are damaged.
         """
-        images: dict[str, np.ndarray] = {}
-        for part in rows["part"].unique():
-            file = self.folder / "examples" / f"{part}.safetensors"
-            expected = (pq.read_schema(self.folder / "records" / f"{part}.parquet").metadata or {}).get(b"examples_sha256")
-            if not file.is_file() or _sha256(file).encode() != expected:
-                raise FileRefused(f"{file} fails its checksum", code="R02", do="run the attack again into another --out")
+        if not len(rows):
+            return np.zeros((0, 0, 0, 0), np.float32)
+        if (rows["example"] < 0).any():
+            raise FileRefused("a row has no stored image", code="R05", where=str(self.folder))
+        out: list[Any] = [None] * len(rows)
+        for name, at in rows.reset_index(drop=True).groupby("part").groups.items():
             try:
-                images[part] = load_file(file)["x"]
-            except (SafetensorError, KeyError):
-                raise FileRefused(f"{file} is damaged", code="R02") from None
-        picked = [images[part][example] for part, example in zip(rows["part"], rows["example"], strict=True)]
-        return np.stack(picked) if picked else np.empty((0, 0, 0, 0), np.float32)
+                x = self._load_examples(str(name), self._parts[str(name)][1])
+            except parts.Damaged as error:
+                raise FileRefused(f"part {name} is damaged: {error}", code="R02", where=str(self.folder)) from None
+            for k in at:
+                out[k] = x[int(rows["example"].iloc[k])]
+        return np.stack(out)
 
-    def close(self, session: dict[str, Any]) -> None:
-        """Note one invocation: command, seconds, passes, exit code."""
+    def close(self, session: Mapping[str, Any]) -> Path:
+        """Write down how this session went (argv, started, seconds, exit code, ...) and let other writers in.
+
+        Raises:
+            MachineError: the file cannot be written (E03).
+        """
+        if self._shard is None:
+            raise RuntimeError("this run was opened to read")
         folder = self.folder / "sessions"
-        name = f"{self.shard + '-' if self.shard else ''}{len(list(folder.glob('*.json'))):04d}.json"
-        write_json(folder / name, session)
-        if self._lock:
-            self._lock.close()
-            self._lock = None
+        numbers = [int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{self._shard}-*.json")]
+        path = folder / f"{self._shard}-{max(numbers, default=0) + 1}.json"
+        try:
+            write_whole(path, (json.dumps(session, indent=2, default=str) + "\n").encode(), self._shard)
+        except OSError as error:
+            raise cannot_write(error, self.folder) from None
+        finally:
+            Lock(self.folder / f".lock-{self._shard}").release()
+        return path
 
     def sessions(self) -> list[dict[str, Any]]:
-        """All invocations so far."""
-        return [json.loads(p.read_text(encoding="utf-8")) for p in sorted((self.folder / "sessions").glob("*.json"))]
+        """What each session wrote when it ended, in order; a killed session wrote nothing."""
+        order = sorted((self.folder / "sessions").glob("*-*.json"), key=lambda p: (len(p.stem), p.stem))
+        return [json.loads(p.read_text(encoding="utf-8")) for p in order]
 
-    def _parts(self) -> list[Path]:
-        return sorted(p for p in (self.folder / "records").glob("part-*.parquet") if not p.is_symlink())
+    # --- names and files ---
 
-    def _read(self, path: Path) -> pa.Table | None:
-        """A part whose checksums hold, else None after setting it aside."""
+    def _records(self, name: str) -> Path:
+        return self.folder / "records" / f"{name}.parquet"
+
+    def _examples(self, name: str) -> Path:
+        return self.folder / "examples" / f"{name}.safetensors"
+
+    def _next_name(self) -> str:
+        used = [
+            int(match["seq"])
+            for kind in ("records", "examples")
+            for path in (self.folder / kind).iterdir()
+            if (match := _PART.match(path.name)) and match["shard"] == self._shard
+        ]
+        return f"part-{self._shard}-{max(used, default=0) + 1:06d}"
+
+    def _in_order(self) -> list[tuple[str, tuple[pa.Table, str]]]:
+        return sorted(self._parts.items())
+
+    def _sweep(self) -> None:
+        """Remove what a killed writer left: temporary files, and images whose records were never written.
+
+        Only of shards that nobody is writing now; a folder that cannot be written is left as it is.
+        """
+        for lock_file in self.folder.glob(".lock-*"):
+            lock, tag = Lock(lock_file), lock_file.name.removeprefix(".lock-")
+            mine = tag == self._shard
+            if lock.taken() and not mine:
+                continue
+            try:
+                if not lock.acquire():
+                    continue
+                for path in [*self.folder.glob(f".*.{tag}.tmp"), *self.folder.glob(f"*/.*.{tag}.tmp")]:
+                    path.unlink()
+                for path in (self.folder / "examples").glob(f"part-{tag}-*.safetensors"):
+                    name = path.name.removesuffix(".safetensors")
+                    if not list((self.folder / "records").glob(f"{name}.parquet*")):
+                        path.unlink()
+            except OSError:
+                continue
+            finally:
+                if not mine:
+                    lock.release()
+
+    def _scan(self) -> None:
+        """Take in parts that are new since the last look, and set damaged ones aside."""
+        for path in sorted((self.folder / "records").glob("part-*.parquet")):
+            name = path.name.removesuffix(".parquet")
+            if name in self._parts or name in self._refused or not _PART.fullmatch(name):
+                continue
+            if path.is_symlink() or self._examples(name).is_symlink():
+                raise FileRefused(f"part {name} is a link; refused", code="R06", where=str(path))
+            try:
+                table, digest = parts.decode(path.read_bytes(), self._record, self._run)
+                if digest and self._check_examples:
+                    self._load_examples(name, digest)
+                self._parts[name] = (table, digest)
+            except parts.Damaged as error:
+                self._set_aside(name, str(error))
+            except OSError as error:
+                raise MachineError(f"cannot read {path}: {error.strerror}", code="E03") from None
+
+    def _load_examples(self, name: str, digest: str) -> NDArray[np.float32]:
         try:
-            return pq.ParquetFile(path, page_checksum_verification=True).read()
-        except (OSError, pa.ArrowException):
-            path.rename(path.with_suffix(".damaged"))
-            self.warnings.append(f"warning[R02] {path.name} fails its checksum; its images are run again")
-            return None
+            return parts.decode_examples(self._examples(name).read_bytes(), digest)
+        except FileNotFoundError:
+            raise parts.Damaged("its examples are missing") from None
 
-    def _tidy(self) -> None:
-        """Remove what a killed process of this shard left behind."""
-        mine = f"part-{self.shard}-" if self.shard else "part-"
-        for folder in ("records", "examples"):
-            for path in (self.folder / folder).glob(f".{mine}*.tmp"):
-                path.unlink(missing_ok=True)
-        whole = {p.stem for p in self._parts()}
-        for path in (self.folder / "examples").glob(f"{mine}*.safetensors"):
-            if path.stem not in whole and path.stem.removeprefix(mine).isdigit():
-                path.unlink(missing_ok=True)
-
-
-def _dtype(name: str) -> str:
-    return {"int": "int64", "float": "float64", "bool": "bool", "str": "str"}[name]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    def _set_aside(self, name: str, reason: str) -> None:
+        self._refused.add(name)
+        self.warnings.append(f"warning[R02] {name}: {reason}; set aside, its images count as not done")
+        for path in (self._records(name), self._examples(name)):
+            with contextlib.suppress(OSError):
+                path.rename(path.with_name(path.name + ".damaged"))

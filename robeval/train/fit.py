@@ -125,6 +125,7 @@ def fit(
         _train_epoch(run)
         end_epoch(run)
         write_log(folder / "log.csv", run.state.rows)
+    write_log(folder / "log.csv", run.state.rows)  # a run killed between state and log left it one row short
     return _choose(run, resumed)
 
 

@@ -111,4 +111,5 @@ def unit_direction(g: Tensor, norm: str) -> Tensor:
     else:
         top = flat.abs().argmax(1, keepdim=True)
         d = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign())
-    return d.view_as(g)
+    unit: Tensor = d.view_as(g)
+    return unit

@@ -114,7 +114,12 @@ def run_job(
     )
     if result.resumed != "finished" or not job.out.is_file():
         recipe = {"method": job.method.method.name, "settings": job.method.settings, **asdict(job.recipe), **job.note}
-        recipe |= {"init_from": job.init_from, "held_out": count, "weights": job.weights, "stopped": result.stopped}
+        recipe |= {
+            "init_from": job.init_from,
+            "held_out": count,
+            "weights": "" if job.init_from else job.weights,
+            "stopped": result.stopped,
+        }
         recipe |= {"warnings": [n.code for n in result.notices], "chosen_epoch": result.epoch}
         save(
             job.out,
@@ -144,7 +149,7 @@ def _trained(job: Job, shape: tuple[int, ...], classes: int) -> tuple[str, dict[
         str(info["arguments"].get(k)) != str(v) for k, v in job.model_arguments.items()
     ):
         raise UsageError(
-            f"{job.init_from} is {info['architecture']} {info['arguments']}: --model and --model-arg must agree with it",
+            f"{job.init_from} is {info['architecture']} {info['arguments']}; --model and --model-arg disagree",
             code="A04",
             do="leave them out, or leave --init-from out",
         )

@@ -13,7 +13,7 @@ import numpy as np
 from robeval.core.catalogue import dataset
 from robeval.core.errors import FileRefused
 from robeval.core.images import Images
-from robeval.data.arrays import make
+from robeval.data.arrays import labels, make
 
 MAX_RATIO = 200
 MAX_BYTES = 16 * 2**30
@@ -48,9 +48,8 @@ def npz(split: str, *, path: str = "") -> Images:
         x, y = (read_entry(archive, names[key], file) for key in (x_key, y_key))
         classes = [str(c) for c in read_entry(archive, names["classes"], file)] if "classes" in names else None
         if classes is None:  # both splits have one list of classes, whichever labels occur in them
-            tops = [read_entry(archive, n, file) for k, n in names.items() if k in _all_labels()]
-            top = max((int(t.max(initial=-1)) for t in tops if np.issubdtype(t.dtype, np.integer)), default=-1)
-            classes = [str(i) for i in range(top + 1)] or None
+            found = [labels(read_entry(archive, n, file), file.stem) for k, n in names.items() if k in _all_labels()]
+            classes = [str(i) for i in range(max(int(t.max(initial=-1)) for t in found) + 1)]
     return make(x, y, name=f"{file.stem}/{split}", classes=classes)
 
 

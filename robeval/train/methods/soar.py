@@ -24,6 +24,35 @@ def kappa(norm: str, eps: float, size: int) -> float:
     return ((size if norm == "linf" else 1) * eps**2 + 1) / 2
 
 
+def hz_length(
+    model: nn.Module, start: Tensor, y: Tensor, g: Tensor, zd: Tensor, z1: Tensor, *, hvp: str, h: float
+) -> Tensor:
+    """||Hz|| for the augmented Hessian H = [[hessian, g], [g, 1]] and z = (zd, z1).
+
+    Args:
+        model: The network.
+        start: (n, C, H, W), the leaf that ``g`` was taken at.
+        y: (n,) labels.
+        g: Gradient at ``start``, with its graph.
+        zd: (n, C, H, W).
+        z1: (n,).
+        hvp: ``fd`` or ``exact``.
+        h: Step of the finite difference.
+
+    Shapes:
+        Returns (n,), differentiable in the parameters.
+    """
+    if hvp == "exact":
+        product = exact_hvp(g, start, zd, create_graph=True)
+    else:
+        size = per_row(safe_l2(zd), zd)
+        product = size * fd_hvp(
+            lambda at: input_grad(model, at, y, create_graph=True)[1], start.detach(), zd / size, h, g
+        )
+    u = (product + per_row(z1, g) * g).flatten(1)
+    return safe_l2(torch.cat([u, (inner(g, zd) + z1)[:, None]], 1))
+
+
 @trainer(
     source="Ma, Faghri, Papernot, Farahmand 2020, SOAR: Second-Order Adversarial Regularization, arXiv:2004.01832,"
     " equation 14 and algorithms 1 and 2",
@@ -99,15 +128,7 @@ def soar(
         lengths = []
         for _ in range(samples):
             zd, z1 = rng.normal(*x.shape[1:]), rng.normal()
-            if hvp == "exact":
-                product = exact_hvp(g, start, zd, create_graph=True)
-            else:
-                size = per_row(safe_l2(zd), zd)
-                product = size * fd_hvp(
-                    lambda at: input_grad(model, at, y, create_graph=True)[1], start.detach(), zd / size, h, g
-                )
-            u = (product + per_row(z1, g) * g).flatten(1)
-            lengths.append(safe_l2(torch.cat([u, (inner(g, zd) + z1)[:, None]], 1)))
+            lengths.append(hz_length(model, start, y, g, zd, z1, hvp=hvp, h=h))
     length = torch.stack(lengths)  # (samples, n)
     raw = k * length
     limited = {"norm": k * length.clamp_max(clip), "value": raw.clamp_max(clip)}.get(clip_on, raw)

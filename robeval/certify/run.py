@@ -1,0 +1,241 @@
+"""Bound a classifier image by image and write a certificate row as each bound is done."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from robeval.core.catalogue import Spec, parse
+from robeval.core.classifier import Classifier
+from robeval.core.errors import ContractBroken, MachineError, RobevalError, UsageError
+from robeval.core.images import Images
+from robeval.core.records import Certificate
+from robeval.core.streams import Streams
+from robeval.models.activations import nonsmooth_layers
+from robeval.store.manifest import new_manifest
+from robeval.store.runstore import RunStore
+
+if TYPE_CHECKING:
+    from robeval.bounds.expansion import Reading
+
+OnProgress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Settings:
+    """What to compute.
+
+    Args:
+        specs: Bounds in order.
+        norm: Norm of the radii.
+        seed: Seed of every image's random stream.
+        batch_size: Most images in one model call.
+    """
+
+    specs: list[Spec]
+    norm: str
+    seed: int = 0
+    batch_size: int = 256
+
+
+def bounds(names: list[str], norm: str) -> list[Spec]:
+    """Read bounds as the user wrote them, each once.
+
+    Raises:
+        UsageError: unknown bound or setting, or a bound that does not exist in this norm.
+    """
+    specs = list({s.label: s for s in (parse("bounds", text) for text in names)}.values())
+    insist_on_norm(specs, norm)
+    return specs
+
+
+def insist_on_norm(specs: list[Spec], norm: str) -> None:
+    """Refuse a bound that does not exist in this norm.
+
+    Raises:
+        UsageError: with the norms that it has.
+    """
+    for s in specs:
+        norms = s.method.facts["norms"]
+        if norm not in norms:
+            raise UsageError(
+                f"{s.method.name} has no {norm} form",
+                code="A06",
+                do=f"its norms: {', '.join(norms)}; choose with --norm",
+            )
+
+
+def refuse_nonsmooth(classifier: Classifier, specs: list[Spec]) -> None:
+    """Refuse bounds that need second derivatives of a network that has none, before anything is computed.
+
+    Raises:
+        ContractBroken: with the layers' paths and the way out.
+    """
+    if not isinstance(classifier.module, nn.Module):
+        return
+    layers = nonsmooth_layers(classifier.module)
+    for s in specs:
+        if s.method.facts.get("smooth") and layers:
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+            raise ContractBroken(
+                f"{s.method.name} needs a twice differentiable network; not smooth: {', '.join(layers[:3])}{more}",
+                code="B01",
+                where=classifier.name,
+                why="the Hessian of a piecewise linear function is 0 almost everywhere and says nothing about its kinks",
+                do="robeval train ... --model-arg act=smooth, or --bound l-bound",
+            )
+
+
+def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv: list[str]) -> dict[str, Any]:
+    """The manifest of a certify run; its identity decides whether a command resumes it."""
+    methods = [
+        {
+            "label": s.label,
+            "name": s.method.name,
+            "settings": s.settings,
+            "hash": s.config_hash,
+            "source": s.method.facts["source"],
+            "kind": s.method.facts["kind"],
+            "order": s.method.facts.get("order"),
+        }
+        for s in settings.specs
+    ]
+    return new_manifest(
+        "certify",
+        model={
+            "name": classifier.name,
+            "fingerprint": classifier.fingerprint,
+            "classes": classifier.classes,
+            **classifier.info,
+            "parameters": classifier.parameters,
+        },
+        data={
+            "name": images.name,
+            "fingerprint": images.fingerprint,
+            "subset": images.note,
+            "images": len(images),
+            "ids": images.ids.tolist(),
+        },
+        threat={"norm": settings.norm, "eps": []},
+        methods=methods,
+        seed=settings.seed,
+        settings={},
+        argv=argv,
+    )
+
+
+def certify(
+    classifier: Classifier,
+    images: Images,
+    settings: Settings,
+    *,
+    root: str,
+    argv: list[str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunStore:
+    """Compute the bounds, skip those that an earlier run of the same identity finished, and return the store.
+
+    The constants of the estimates are taken over all given images, so a bound is written whole or not at all.
+
+    Args:
+        classifier: Pixels in [0, 1] to logits.
+        images: The chosen images.
+        settings: What to compute.
+        root: Folder of runs.
+        argv: The command, for the manifest.
+        on_progress: Told (done, total, text).
+
+    Raises:
+        UsageError: a bound that does not exist in this norm.
+        ContractBroken: a network that the bound refuses, NaN logits or gradients.
+        MachineError: disk or memory.
+    """
+    insist_on_norm(settings.specs, settings.norm)
+    refuse_nonsmooth(classifier, settings.specs)
+    started = time.monotonic()
+    images = images.to(classifier.device)
+    store = RunStore.create_or_open(root, manifest_of(classifier, images, settings, argv or []))
+    session: dict[str, Any] = {"argv": argv or [], "exit_code": 0, "bounds": {}}
+    try:
+        frame = store.frame()
+        for spec in settings.specs:
+            if (frame["bound"] == spec.label).sum() < len(images):
+                before = time.monotonic()
+                records = _bound(spec, classifier, images, settings, on_progress)
+                store.append(records)
+                session["bounds"][spec.label] = {"seconds": round(time.monotonic() - before, 3)}
+    except RobevalError as error:
+        session["exit_code"] = error.exit_code
+        raise
+    except BaseException:
+        session["exit_code"] = 130
+        raise
+    finally:
+        session |= {
+            "seconds": round(time.monotonic() - started, 3),
+            "batch_size": settings.batch_size,
+            "device": str(classifier.device),
+            "threads": torch.get_num_threads(),
+        }
+        store.close(session)
+    return store
+
+
+def _bound(
+    spec: Spec, classifier: Classifier, images: Images, settings: Settings, on_progress: OnProgress | None
+) -> list[Certificate]:
+    """All rows of one bound."""
+
+    def rng(ids: list[int], number: int) -> Streams:
+        return Streams(settings.seed, ids, spec.method.name, [number] * len(ids), device=images.x.device)
+
+    compute = partial(spec.method.load(), classifier, images, settings.norm, rng)
+    size = settings.batch_size
+    while True:
+        try:
+            readings: list[Reading] = compute(size, on_progress, **spec.settings)
+            break
+        except (torch.OutOfMemoryError, MemoryError):
+            if size == 1:
+                raise MachineError("out of memory with one image in a batch", code="E01", do="--device cpu") from None
+            size //= 2  # changes no result beyond rounding
+    kind = spec.method.facts["kind"]
+    return [_certificate(r, spec, kind, settings) for r in readings]
+
+
+def _certificate(r: Reading, spec: Spec, kind: str, settings: Settings) -> Certificate:
+    correct = r.prediction == r.label
+    return Certificate(
+        index=r.index,
+        label=r.label,
+        prediction=r.prediction,
+        clean_correct=correct,
+        bound=spec.label,
+        kind=kind,
+        norm=settings.norm,
+        eps=math.nan,
+        status=kind if correct else "clean_error",
+        radius=r.radius,
+        margin_lower=math.nan,
+        loss=r.loss,
+        loss_value=r.loss_value,
+        gradient_norm=r.gradient_norm,
+        curvature=r.curvature,
+        constant=r.constant,
+        domain=r.domain,
+        arithmetic=r.arithmetic,
+        residual=r.residual,
+        confidence=r.confidence,
+        samples=r.samples,
+        forwards=r.forwards,
+        backwards=r.backwards,
+        seed=settings.seed,
+        bound_config_hash=spec.config_hash,
+    )

@@ -1,0 +1,340 @@
+"""The training loop: exact resume, the guard, warnings, logs, schedules; oracles O-66, O-72, O-74."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import robeval.train.epoch as epoch_module
+from robeval.core import catalogue
+from robeval.core.errors import ContractBroken, FileRefused, MachineError, UsageError
+from robeval.core.images import Images
+from robeval.core.streams import Streams
+from robeval.train import resume
+from robeval.train.augment import augment
+from robeval.train.fit import FitResult, fit
+from robeval.train.initial import data_normalisation, seeded
+from robeval.train.recipe import Recipe, make_optimizer
+from robeval.train.schedules import schedule
+from robeval.train.step import Loss, fill_gradients
+from robeval.train.warnings import Guard, after_epoch, before_training
+
+
+def images(n: int = 60, seed: int = 0) -> Images:
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = 0.5 * torch.rand(n, 1, 4, 4, generator=g)
+    for k in range(3):
+        x[y == k, :, k : k + 2, k : k + 2] += 0.4
+    return Images(x, y, torch.arange(1000, 1000 + n), "made/train", ["a", "b", "c"])
+
+
+def network(batchnorm: bool = False, dropout: float = 0.0) -> nn.Module:
+    def build() -> nn.Module:
+        norm: list[nn.Module] = [nn.BatchNorm2d(4)] if batchnorm else []
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), *norm, nn.ReLU(), nn.Flatten(), nn.Dropout(dropout), nn.Linear(64, 3)
+        )
+
+    return seeded(build, 4)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def go(folder: Path, spec: str = "adv:steps=2,eps=0.1", module: nn.Module | None = None, **more: Any) -> Any:
+    names = set(Recipe.__dataclass_fields__)
+    recipe = Recipe(**{"epochs": 3, "batch_size": 16, "eps": 0.1, **{k: v for k, v in more.items() if k in names}})
+    module = module or network(dropout=0.3)
+    rest = {"validation": images(30, 1), **{k: v for k, v in more.items() if k not in names}}
+    result = fit(module, images(), method=catalogue.parse("trainers", spec), recipe=recipe, folder=folder, **rest)
+    return result, weights(module)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int) -> Any:
+    def on_progress(done: int, total: int, text: str) -> None:
+        if done == step:
+            raise Stop
+
+    return on_progress
+
+
+def test_it_learns_and_writes_a_log(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    result, _ = go(tmp_path, epochs=8, on_progress=lambda done, total, text: seen.append((done, total)))
+    assert isinstance(result, FitResult)
+    assert result.metrics["clean_accuracy"] > 0.9
+    assert result.rows[-1]["loss"] < result.rows[0]["loss"]
+    assert seen == [(i + 1, 32) for i in range(32)]
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["epoch"]) for r in rows] == list(range(1, 9))
+    assert float(rows[3]["pgd20_accuracy"]) == result.rows[3]["pgd20_accuracy"]
+    assert {float(r["forward_per_step"]) for r in rows} == {3.0}
+    assert {float(r["backward_per_step"]) for r in rows} == {3.0}
+    assert float(rows[0]["grad_nonzero"]) == 16
+    for name in ("confidence_clean", "confidence_random", "confidence_pgd1", "grad_l1", "grad_l2", "seconds"):
+        assert float(rows[0][name]) > 0
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str) -> None:
+    options: dict[str, Any] = {"optimizer": optimizer, "lr": 0.02, "augment": "crop-flip", "save_steps": 2}
+    whole, expected = go(tmp_path / "whole", **options)
+    for step in (3, 6, 9):
+        with pytest.raises(Stop):
+            go(tmp_path / "broken", on_progress=stop_at(step), **options)
+    result, resumed = go(tmp_path / "broken", **options)
+    assert result.resumed == "yes"
+    assert same(resumed, expected)
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    assert drop(result.rows) == drop(whole.rows)
+    again, same_weights = go(tmp_path / "broken", on_progress=stop_at(1), **options)
+    assert again.resumed == "finished"
+    assert same(same_weights, expected)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_train_fit import go
+slow = len(sys.argv) > 2
+_, w = go(Path(sys.argv[1]), epochs=4, save_steps=1, on_progress=lambda *a: time.sleep(0.05 if slow else 0))
+torch.save(w, Path(sys.argv[1]) / "final.pt")
+"""
+
+
+def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(tests=str(Path(__file__).parent)))
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    folder, state = tmp_path / "run", tmp_path / "run" / "state.pt"
+    victim = subprocess.Popen([sys.executable, str(script), str(folder), "slow"], env=environment)
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.35)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    saved = torch.load(state, weights_only=True)
+    assert 0 < saved["step"] < 16
+    assert not saved["done"]
+    subprocess.run([sys.executable, str(script), str(folder)], env=environment, check=True, timeout=60)
+    _, expected = go(tmp_path / "whole", epochs=4)
+    assert same(torch.load(folder / "final.pt", weights_only=True), expected)
+    assert [int(r["epoch"]) for r in csv.DictReader(open(folder / "log.csv", newline=""))] == [1, 2, 3, 4]
+
+
+def test_o74_seed_and_only_the_seed_decides(tmp_path: Path) -> None:
+    _, first = go(tmp_path / "a")
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    _, second = go(tmp_path / "b")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    _, other = go(tmp_path / "c", seed=1)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_another_training_in_the_folder_is_refused_by_name(tmp_path: Path) -> None:
+    go(tmp_path)
+    with pytest.raises(UsageError, match="used lr 0.05, you gave 0.1") as error:
+        go(tmp_path, lr=0.1)
+    assert error.value.code == "R01"
+    with pytest.raises(UsageError, match="used adv's steps 2, you gave 3"):
+        go(tmp_path, "adv:steps=3,eps=0.1")
+    with pytest.raises(UsageError, match="starting weights"):
+        go(tmp_path, module=network(batchnorm=True))
+
+
+def test_a_damaged_state_and_an_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(FileRefused, match="is damaged"):
+        go(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(MachineError, match="cannot write"):
+        resume.write_atomic(tmp_path / "file" / "state.pt", lambda file: file.write(b"x"))
+
+
+def test_selection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    robust, clean = iter([0.2, 0.5, 0.3, 0.3] * 3), iter([0.9, 0.6, 0.9, 0.95] * 3)
+    base = {"confidence_clean": 0.5, "grad_nonzero": 16.0}
+    monkeypatch.setattr(
+        epoch_module, "measure", lambda *a, **k: {**base, "pgd20_accuracy": next(robust), "clean_accuracy": next(clean)}
+    )
+    assert go(tmp_path / "a", epochs=4)[0].epoch == 2
+    assert go(tmp_path / "b", epochs=4, select_on="clean")[0].epoch == 4
+    assert go(tmp_path / "c", epochs=4, select="last")[0].epoch == 4
+
+
+def test_o72_guard() -> None:
+    guard = Guard()
+    assert [guard.fell(a) for a in (0.40, 0.42, 0.15)] == [False, False, True]
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_o72_collapse_stops_and_restores_the_epoch_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    sequence: Iterator[float] = iter([0.40, 0.42, 0.15, 0.9, 0.9])
+    kept: list[dict[str, Tensor]] = []
+
+    def measured(module: nn.Module, *args: Any, **options: Any) -> float:
+        kept.append(weights(module))
+        return next(sequence)
+
+    monkeypatch.setattr(epoch_module, "pgd_accuracy", measured)
+    result, final = go(tmp_path / select, epochs=5, select=select)
+    assert result.stopped == "CATASTROPHIC_OVERFITTING"
+    assert len(result.rows) == 3
+    assert "CATASTROPHIC_OVERFITTING" in [n.code for n in result.notices]
+    assert "CATASTROPHIC_OVERFITTING" in result.rows[2]["warnings"]
+    assert result.epoch <= 2
+    assert same(final, kept[1 if select == "last" else result.epoch - 1])
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ContractBroken, match="training diverged") as error:
+        go(tmp_path, "standard", lr=1e30, schedule="constant")
+    assert error.value.code == "L01"
+    assert "epoch 1" in error.value.where
+
+
+def test_batchnorm_and_soar(tmp_path: Path) -> None:
+    with pytest.raises(ContractBroken, match="BN_INCOMPATIBLE") as error:
+        go(tmp_path / "a", "soar", network(batchnorm=True))
+    assert error.value.code == "L02"
+    assert not (tmp_path / "a").exists()
+    result, _ = go(tmp_path / "b", "soar:batchnorm=frozen", network(batchnorm=True), epochs=1)
+    assert {"BN_INCOMPATIBLE", "FROM_SCRATCH"} <= {n.code for n in result.notices}
+
+
+def codes(spec: str, module: nn.Module | None = None, pretrained: bool = True) -> list[str]:
+    return [n.code for n in before_training(catalogue.parse("trainers", spec), module or network(), pretrained)]
+
+
+def test_warnings_before_training() -> None:
+    assert codes("soar") == []
+    assert codes("soar", pretrained=False) == ["FROM_SCRATCH"]
+    assert codes("soar:init=zero") == codes("soar:init=rand") == ["RISKY_SETTING"]
+    assert codes("standard", network(batchnorm=True), False) == codes("adv", network(batchnorm=True)) == []
+    assert codes("fd-grad", network(batchnorm=True)) == ["BN_INCOMPATIBLE"]
+
+
+def test_warnings_after_an_epoch() -> None:
+    fine = {"confidence_clean": 0.8, "grad_nonzero": 16.0, "train_accuracy": 0.5, "clipped": 0.0}
+
+    def found(*rows: dict[str, float], robust: bool = True) -> list[str]:
+        return [n.code for n in after_epoch([{**fine, **r} for r in rows], robust=robust, size=16, classes=10)]
+
+    assert found({}) == []
+    assert found({"confidence_clean": 0.9995}) == ["GRADIENT_MASKING"]
+    assert found({"grad_nonzero": 7.9}) == ["GRADIENT_MASKING"]
+    assert found({"grad_nonzero": 7.9}, robust=False) == []
+    inert = {"clipped": 0.96}
+    assert found(inert, inert) == []
+    assert found(inert, inert, inert) == ["SOAR_INERT"]
+    assert found({}, {}, {}, {}, {"train_accuracy": 0.12}) == ["NOT_LEARNING"]
+    assert found({}, {}, {}, {}, {"train_accuracy": 0.13}) == []
+
+
+def test_o66_weight_decay_is_an_explicit_penalty() -> None:
+    def trained(decay: float, penalty: float) -> dict[str, Tensor]:
+        module = network().double()
+        data = images()
+        optimizer = make_optimizer(Recipe(lr=0.1, momentum=0.0, weight_decay=decay), module)
+        for _ in range(3):
+            total = nn.functional.cross_entropy(module(data.x.double()), data.y)
+            total = total + penalty / 2 * sum(p.square().sum() for p in module.parameters())
+            fill_gradients(list(module.parameters()), Loss(total))
+            optimizer.step()
+        return weights(module)
+
+    a, b, plain = trained(0.05, 0.0), trained(0.0, 0.05), trained(0.0, 0.0)
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=1e-12)
+    assert not torch.allclose(a["0.weight"], plain["0.weight"], rtol=0, atol=1e-4)
+
+
+def test_schedules() -> None:
+    steps = schedule("milestones:2/4x0.5", 60, 10)
+    assert [steps(s) for s in (0, 19, 20, 39, 40, 59)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert schedule("milestones:1", 20, 10)(10) == pytest.approx(0.1)
+    cosine, cyclic = schedule("cosine", 100, 10), schedule("cyclic", 99, 10)
+    assert cosine(0) == 1
+    assert cosine(50) == pytest.approx(0.5)
+    assert 0 < cosine(99) < 0.001
+    assert cyclic(49) == 1
+    assert cyclic(0) == pytest.approx(cyclic(98)) == pytest.approx(0.02)
+    for bad in ("cosin", "milestones:", "milestones:a"):
+        with pytest.raises(UsageError):
+            schedule(bad, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"weight_decay": -1.0}, {"optimizer": "sdg"},
+     {"augment": "flip"}, {"select": "first"}, {"norm": "l3"}, {"eps": -0.1}],
+)  # fmt: skip
+def test_a_recipe_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Recipe(**bad)
+
+
+def test_augmentation_belongs_to_the_image() -> None:
+    x = torch.rand(40, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1
+    draw = lambda rows: augment(x[rows], Streams(0, rows, "augment"), "crop-flip")
+    everyone = draw(list(range(40)))
+    assert torch.equal(draw([7, 3]), everyone[[7, 3]])
+    assert everyone.shape == x.shape
+    assert torch.equal(augment(x, Streams(0, range(40), "a"), "none"), x)
+    crops = augment(x, Streams(0, range(40), "augment"), "crop")
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    for i in range(40):
+        assert any(
+            torch.equal(crops[i], padded[i, :, r : r + 8, c : c + 8]) for r in range(3) for c in range(3)
+        )
+    flipped = [i for i in range(40) if not torch.equal(everyone[i], crops[i])]
+    assert 8 < len(flipped) < 32
+    assert all(torch.equal(everyone[i], crops[i].flip(-1)) for i in flipped)
+
+
+def test_starting_weights_and_normalisation() -> None:
+    state = torch.random.get_rng_state()
+    a, b = (seeded(lambda: nn.Linear(400, 300), s) for s in (0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(a.weight, b.weight)
+    assert torch.equal(a.weight, seeded(lambda: nn.Linear(400, 300), 0).weight)
+    assert float(a.weight.std()) == pytest.approx((2 / 400) ** 0.5, rel=0.02)
+    assert float(seeded(lambda: nn.Linear(400, 300), 0, "torch").weight.abs().max()) <= 1 / 20
+    with pytest.raises(UsageError):
+        seeded(lambda: nn.Linear(2, 2), 0, "hee")
+    x = torch.rand(50, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = data_normalisation(x)
+    assert found["mean"] == pytest.approx(x.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert found["std"] == pytest.approx(x.std((0, 2, 3)).tolist(), abs=1e-4)
