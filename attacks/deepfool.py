@@ -18,8 +18,8 @@ def nearest_rivals(goal: Goal, z: Tensor, classes: Tensor) -> Tensor:
 
 
 @attack(
-    source="Moosavi-Dezfooli, Fawzi, Frossard 2016, DeepFool: a simple and accurate method to fool deep neural networks,"
-    " arXiv:1511.04599, algorithm 2",
+    source="Moosavi-Dezfooli, Fawzi, Frossard 2016, DeepFool: a simple and accurate method to fool deep neural"
+    " networks, arXiv:1511.04599, algorithm 2",
     norms=("l2", "linf"),
     search="minimal",
 )

@@ -18,8 +18,8 @@ from robeval.core.streams import Streams
 def fgsm(x0: Tensor, goal: Goal, ball: Ball, rng: Streams) -> Attack:
     """One gradient step of length eps along the sign of the gradient, without random start.
 
-    The cheapest white-box attack, x + eps sign g, with g the gradient of the cross-entropy at the image. Weak: use it to
-    spot label leaking and masked gradients, never as evidence of robustness.
+    The cheapest white-box attack, x + eps sign g, with g the gradient of the cross-entropy at the image.
+    Weak: use it to spot label leaking and masked gradients, never as evidence of robustness.
 
     Shapes:
         x0 (n, C, H, W) in [0, 1]; returns the same shape.

@@ -14,8 +14,8 @@ from robeval.core.streams import Streams
 
 
 @attack(
-    source="Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards Deep Learning Models Resistant to Adversarial Attacks,"
-    " arXiv:1706.06083, section 2",
+    source="Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards Deep Learning Models Resistant to Adversarial"
+    " Attacks, arXiv:1706.06083, section 2",
     norms=("linf", "l2", "l1"),
     attempts="restarts",
     presets={
@@ -59,8 +59,8 @@ def pgd(
     Source:
         Madry et al. 2018, arXiv:1706.06083, section 2.
     Departs:
-        The presets' step is eps / 4: the papers' 2/255 at eps 8/255, kept in proportion elsewhere. In l1 the step spreads
-        over the 5 % largest gradient entries, since the single steepest pixel makes little progress.
+        The presets' step is eps / 4: the papers' 2/255 at eps 8/255, kept in proportion elsewhere. In l1 the step
+        spreads over the 5 % largest gradient entries, since the single steepest pixel makes little progress.
     """
     alpha = step_size or (relative_step or 2.5 / steps) * ball.eps
     x = ball.sample(x0, rng) if random_start else x0

@@ -97,8 +97,8 @@ def main() -> None:
             )  # fmt: skip
         mine, reference = broken["robeval"], broken["pyautoattack"]
         line(
-            options.out, **case, attack=name, difference=len(mine) - len(reference), only_robeval=sorted(mine - reference),
-            only_pyautoattack=sorted(reference - mine),
+            options.out, **case, attack=name, difference=len(mine) - len(reference),
+            only_robeval=sorted(mine - reference), only_pyautoattack=sorted(reference - mine),
         )  # fmt: skip
 
 

@@ -37,8 +37,8 @@ A command ends with one of these codes. Scripts may rely on them.
 {exits}
 | 130, 143 | stopped by a signal (Ctrl-C, kill); what was decided is saved and the same command goes on |
 
-A message has at most four lines: what is wrong, with a short code for searching, then where, why it matters, and what to
-do. With `--json` the same is one JSON document on stdout. `...` stands for what the message fills in.
+A message has at most four lines: what is wrong, with a short code for searching, then where, why it matters, and what
+to do. With `--json` the same is one JSON document on stdout. `...` stands for what the message fills in.
 
 | code | exit | message |
 |---|---|---|

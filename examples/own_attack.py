@@ -44,7 +44,7 @@ def momentum(x0: Tensor, goal: Goal, ball: Ball, rng: Streams, *, steps: int = 1
     x, total = x0, torch.zeros_like(x0)
     for _ in range(steps):
         at = yield Gradient(x, "ce")
-        size = at.gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(x0.dtype).tiny)
-        total = decay * total + at.gradient / size
+        size = at.grad.abs().mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(x0.dtype).tiny)
+        total = decay * total + at.grad / size
         x = ball.project(x0, x + ball.eps / steps * ball.ascent(total))
     return x

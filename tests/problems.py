@@ -40,7 +40,9 @@ def linear(classes: int, *, rows: int = 24, seed: int = 0) -> tuple[Classifier, 
 def exact_distance(model: Classifier, these: Images, norm: str) -> Tensor:
     """Distance of each image to the nearest boundary of a linear model, the box left aside. -> (N,)."""
     assert isinstance(model.module, nn.Sequential)
-    w = model.module[1].weight.detach()
+    layer = model.module[1]
+    assert isinstance(layer, nn.Linear)
+    w = layer.weight.detach()
     goal = Untargeted(these.y)
     gaps = -goal.gaps(model.logits(these.x))
     slopes = w[goal.rivals(model.classes)] - w[these.y][:, None]
@@ -59,9 +61,11 @@ def network(
         p.data = torch.randn(p.shape, generator=generator, dtype=dtype) / max(1, p[0].numel()) ** 0.5
     x = torch.rand(rows, *PIXELS, generator=generator, dtype=dtype)
     with torch.no_grad():
-        net[-1].bias -= net(x).mean(0)  # all classes occur
-        net[-1].weight *= 30  # confident, as trained networks are
-        net[-1].bias *= 30
+        last = net[-1]
+        assert isinstance(last, nn.Linear)
+        last.bias -= net(x).mean(0)  # all classes occur
+        last.weight *= 30  # confident, as trained networks are
+        last.bias *= 30
     model = Classifier(net, classes)
     return model, images(x, model.logits(x).argmax(1), classes)
 

@@ -43,8 +43,8 @@ def test_law_11_apgd_ce_is_no_weaker(norm: str, theirs: str, eps: float) -> None
 def test_law_11_square_is_no_weaker() -> None:
     model, these = network(rows=100, dtype=torch.float32)
     made = squares.SquareAttack(
-        model.logits, p_init=0.8, n_queries=300, eps=EPS, norm="Linf", n_restarts=1, seed=0, verbose=False, device="cpu",
-        resc_schedule=False,
+        model.logits, p_init=0.8, n_queries=300, eps=EPS, norm="Linf", n_restarts=1, seed=0, verbose=False,
+        device="cpu", resc_schedule=False,
     )  # fmt: skip
     broken = int((model.logits(made.perturb(these.x, these.y)).argmax(1) != these.y).sum())
     mine = sum(o.success for o in attack("square", model, these, "linf", EPS, queries=300))

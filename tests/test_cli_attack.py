@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -185,7 +186,13 @@ def test_bad_input(model: Path, tmp_path: Path, words: list[str], exit_code: int
     (tmp_path / "cut.pt").write_bytes(model.read_bytes()[:2000])
     net = build("digits_cnn", classes=7)
     arguments = {"classes": 7}
-    common = {"architecture": "digits_cnn", "normalise": "none", "input_shape": (1, 8, 8), "recipe": {}, "metrics": {}}
+    common: dict[str, Any] = {
+        "architecture": "digits_cnn",
+        "normalise": "none",
+        "input_shape": (1, 8, 8),
+        "recipe": {},
+        "metrics": {},
+    }
     save(tmp_path / "wide.pt", net, arguments=arguments, classes=[str(k) for k in range(7)], **common)
     broken = build("digits_cnn")
     next(broken.parameters()).data[0] = torch.nan

@@ -137,7 +137,9 @@ def test_a_new_file_needs_no_other_edit(tmp_path: Path) -> None:
 
 
 def test_listing_imports_no_torch() -> None:
-    code = "import sys; from robeval.core import catalogue; catalogue.methods('attacks'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from robeval.core import catalogue; catalogue.methods('attacks');assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 

@@ -26,7 +26,8 @@ class Counting(nn.Module):
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        self.inner, self.widths = inner, []
+        self.inner = inner
+        self.widths: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.widths.append(len(x))

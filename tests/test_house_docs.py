@@ -82,7 +82,7 @@ def test_the_example_attack_is_read_and_breaks_a_linear_model_at_its_exact_dista
     x0[:, 0, 0, 0] += torch.linspace(0.02, 0.12, 6, dtype=torch.float64)
     w = torch.zeros(16, 2, dtype=torch.float64)
     w[:, 0], w[:, 1] = 1.0, -1.0
-    logits = lambda x: (x.flatten(1) - 0.5) @ w  # noqa: E731
+    logits = lambda x: (x.flatten(1) - 0.5) @ w
     goal = Untargeted(torch.zeros(6, dtype=torch.long))
     exact = (x0 - 0.5).flatten(1).sum(1) / 16  # every pixel moves by eps
     eps = 0.004

@@ -133,7 +133,7 @@ def test_o26_float32_has_a_best_step_and_a_useless_one() -> None:
 
 
 def test_o27_autocast_is_switched_off() -> None:
-    model, (x, y, rng) = softplus_cnn(torch.float32), batch(dtype=torch.float32)
+    model, (x, y, _) = softplus_cnn(torch.float32), batch(dtype=torch.float32)
     plain = penalty(model, x, y, norm="l2", loss="ce")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(x).dtype == torch.bfloat16

@@ -144,9 +144,7 @@ def test_o11_exact_product_is_the_explicit_matrix_times_z() -> None:
         one = lambda t, i=i: input_grad(model, t.view(1, 2, 5, 5), y[i : i + 1], create_graph=True)[0].sum()
         hessian = torch.autograd.functional.hessian(one, x[i].flatten())
         gradient = g[i].detach().flatten()[:, None]
-        matrix = torch.cat(
-            [torch.cat([hessian, gradient], 1), torch.cat([gradient.T, torch.ones(1, 1, dtype=F64)], 1)]
-        )
+        matrix = torch.cat([torch.cat([hessian, gradient], 1), torch.cat([gradient.T, torch.ones(1, 1, dtype=F64)], 1)])
         expected = (matrix @ torch.cat([zd[i].flatten(), z1[i : i + 1]])).norm()
         assert abs(float(length[i] / expected) - 1) < 1e-12
 

@@ -88,7 +88,7 @@ def refuse_nonsmooth(classifier: Classifier, specs: list[Spec]) -> None:
                 f"{s.method.name} needs a twice differentiable network; not smooth: {', '.join(layers[:3])}{more}",
                 code="B01",
                 where=classifier.name,
-                why="the Hessian of a piecewise linear function is 0 almost everywhere and says nothing about its kinks",
+                why="the Hessian of a piecewise linear function is 0 almost everywhere and ignores its kinks",
                 do="robeval train ... --model-arg act=smooth, or --bound l-bound",
             )
 
@@ -109,20 +109,8 @@ def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv
     ]
     return new_manifest(
         "certify",
-        model={
-            "name": classifier.name,
-            "fingerprint": classifier.fingerprint,
-            "classes": classifier.classes,
-            **classifier.info,
-            "parameters": classifier.parameters,
-        },
-        data={
-            "name": images.name,
-            "fingerprint": images.fingerprint,
-            "subset": images.note,
-            "images": len(images),
-            "ids": images.ids.tolist(),
-        },
+        model=classifier.facts(),
+        data=images.facts(),
         threat={"norm": settings.norm, "eps": []},
         methods=methods,
         seed=settings.seed,

@@ -60,7 +60,7 @@ def _train(folder: Path, name: str, method: str, on_progress: OnProgress) -> Pat
     make_folder(folder)
     job = Job(
         catalogue.parse("trainers", method),
-        Recipe(epochs=10, eps=EPS),
+        Recipe(epochs=15, batch_size=64, optimizer="adam", lr=0.003, eps=EPS),
         folder / f"{name}.pt",
         model_arguments={"act": "smooth"},  # the curvature bound needs a network that is twice differentiable
         note={"data": "digits"},
@@ -93,15 +93,13 @@ def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
 
 def _certify(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     """Both estimates in l2."""
-    from robeval.certify.run import certify_run
-    from robeval.core import catalogue
+    from robeval.certify.run import Settings, bounds, certify
 
     classifier, images = _load(file)
-    specs = [catalogue.parse("bounds", name) for name in ("l-bound", "c-bound")]
-    store = certify_run(
-        classifier, images, specs, norm="l2", root=str(folder / "runs"), argv=sys.argv[1:], on_progress=on_progress
-    )
-    return [store]
+    settings = Settings(bounds(["l-bound", "c-bound"], "l2"), "l2")
+    return [
+        certify(classifier, images, settings, root=str(folder / "runs"), argv=sys.argv[1:], on_progress=on_progress)
+    ]
 
 
 def _verify(stores: list[Any], folder: Path) -> tuple[int, int]:

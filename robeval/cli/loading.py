@@ -77,7 +77,7 @@ def normalisation(text: str) -> Any:
     if "/" not in text:
         return text
     mean, std = text.split("/", 1)
-    read = lambda part: [number(v, name="normalise", code="A04") for v in part.split(",")]  # noqa: E731
+    read = lambda part: [number(v, name="normalise", code="A04") for v in part.split(",")]
     return {"mean": read(mean), "std": read(std)}
 
 

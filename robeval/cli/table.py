@@ -23,7 +23,10 @@ def table(
         str, typer.Option("--format", help="terminal, markdown, latex, csv or json.", rich_help_panel=OUTPUT)
     ] = "terminal",
     layout: Annotated[
-        str, typer.Option("--layout", help="models (rows are models) or attacks (one run in detail).", rich_help_panel=OUTPUT)
+        str,
+        typer.Option(
+            "--layout", help="models (rows are models) or attacks (one run in detail).", rich_help_panel=OUTPUT
+        ),
     ] = "models",
     norm: Annotated[str | None, typer.Option("--norm", help="Only runs in this norm.")] = None,
     ci: Annotated[
@@ -43,7 +46,9 @@ def table(
     if layout == "models":
         texts = [write(models_table(stores, norm), form, ci)]
     elif layout == "attacks":
-        chosen = [s for s in stores if s.manifest()["kind"] == "attack" and norm in (None, s.manifest()["threat"]["norm"])]
+        chosen = [
+            s for s in stores if s.manifest()["kind"] == "attack" and norm in (None, s.manifest()["threat"]["norm"])
+        ]
         if form in ("json", "csv") and len(chosen) != 1:
             raise UsageError(f"--layout attacks as {form} takes one run, these are {len(chosen)}", code="T03")
         texts = [write(attacks_table(s), form, ci) for s in chosen]

@@ -170,6 +170,8 @@ def spec_of(method: str, norm: str, eps: str, settings: dict[str, str]) -> tuple
         raise UsageError(
             f"{base.method.name} does not support {norm}", code="A04", do=f"choose from: {', '.join(norms)}"
         )
+    if "eps" not in named | set(settings):
+        radius(eps, norm)
     text = ",".join(f"{k}={v}" for k, v in {**given, **settings}.items())
     spec = catalogue.parse("trainers", method + ("," if tail else ":" if text else "") + text)
     epsilon = float(spec.settings["eps"]) if "eps" in spec.settings else radius(eps, norm)

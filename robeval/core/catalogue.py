@@ -270,6 +270,7 @@ def parse(kind: str, text: str) -> Spec:
         UsageError: unknown method or setting, with the closest names; malformed settings.
         FileRefused: the file does not exist or holds no such method.
     """
+    start: dict[str, Any] = {}
     if re.match(r".*\.py:\w+", text):
         file, rest = text.split(".py:", 1)
         function, _, tail = rest.partition(":")
@@ -279,7 +280,7 @@ def parse(kind: str, text: str) -> Spec:
         mine = {m.function: m for m in _read_file(path, kind, "")}
         if function not in mine:
             raise unknown(f"{KINDS[kind].noun} in {path}", function, mine)
-        method, start, label = mine[function], {}, mine[function].name
+        method, label = mine[function], mine[function].name
     else:
         name, _, tail = text.partition(":")
         table = _names(kind)

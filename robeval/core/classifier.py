@@ -80,3 +80,8 @@ class Classifier:
     def parameters(self) -> int:
         """Number of trained numbers."""
         return sum(p.numel() for p in self.module.parameters()) if isinstance(self.module, nn.Module) else 0
+
+    def facts(self) -> dict[str, Any]:
+        """Plain facts for the manifest of a run."""
+        about = {"name": self.name, "fingerprint": self.fingerprint, "classes": self.classes}
+        return about | self.info | {"parameters": self.parameters}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,3 +84,13 @@ class Images:
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def facts(self) -> dict[str, Any]:
+        """Plain facts for the manifest of a run."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "subset": self.note,
+            "images": len(self),
+            "ids": self.ids.tolist(),
+        }

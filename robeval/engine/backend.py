@@ -13,8 +13,8 @@ from robeval.core.goal import Goal
 from robeval.core.questions import Answer, Gradient, Logits, Question
 from robeval.engine.drive import answer
 
-#: Smallest batch that reaches the model. From 4 rows on (measured, CPU) an image's logits and gradient are the same bits
-#: whatever its place, its company and the width of the batch; one row alone takes another path through the kernels.
+#: Smallest batch that reaches the model. From 4 rows on (measured, CPU) an image's logits and gradient are the same
+#: bits whatever its place, its company and the width of the batch; one row alone takes another path in the kernels.
 FLOOR = 16
 
 

@@ -80,20 +80,8 @@ def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv
     ]
     return new_manifest(
         "attack",
-        model={
-            "name": classifier.name,
-            "fingerprint": classifier.fingerprint,
-            "classes": classifier.classes,
-            **classifier.info,
-            "parameters": classifier.parameters,
-        },
-        data={
-            "name": images.name,
-            "fingerprint": images.fingerprint,
-            "subset": images.note,
-            "images": len(images),
-            "ids": images.ids.tolist(),
-        },
+        model=classifier.facts(),
+        data=images.facts(),
         threat={"norm": settings.norm, "eps": settings.radii, "tolerance": f"eps * (1 + {REL:g}) + {ABS:g}, float64"},
         methods=methods,
         seed=settings.seed,
@@ -292,7 +280,7 @@ class _Evaluation:
             eps=radius,
             success=outcome.success,
             prediction=outcome.prediction,
-            **{f"distance_{norm}": distance for norm, distance in outcome.distances.items()},  # type: ignore[arg-type]
+            **{f"distance_{norm}": distance for norm, distance in outcome.distances.items()},
             margin=outcome.margin,
             attempt=outcome.attempt,
             iterations=outcome.iterations,

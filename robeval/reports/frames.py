@@ -78,7 +78,7 @@ class AttackFacts:
         return Rate(int(self.clean["clean_correct"].sum()), len(self.clean))
 
     def hits(self, eps: float) -> pd.DataFrame:
-        """Records that break an image at this radius: a verified image within the ball, whatever eps it was sought at."""
+        """Records that break an image at this radius: a verified image in the ball, whatever eps it was sought at."""
         close = self.attacks[f"distance_{self.norm}"] <= eps * (1 + REL) + ABS
         return self.attacks[self.attacks["success"] & close]
 

@@ -62,7 +62,9 @@ def _one_name_one_model(stores: list[RunStore]) -> None:
     for store in stores:
         model = store.manifest()["model"]
         if seen.setdefault(model["name"], model["fingerprint"]) != model["fingerprint"]:
-            raise UsageError(f'two models are called "{model["name"]}"; sha256 differ', code="T02", do="rename one file")
+            raise UsageError(
+                f'two models are called "{model["name"]}"; sha256 differ', code="T02", do="rename one file"
+            )
 
 
 def estimates(stores: list[RunStore], facts: AttackFacts) -> dict[str, Cell]:
@@ -157,7 +159,8 @@ def provenance(f: AttackFacts) -> str:
     """Where the numbers of a run come from."""
     m, cost = f.manifest, f.cost()
     text = (
-        f"{m['model']['name']}: sha256 {m['model']['fingerprint'][:12]}, {m['data']['name']} {m['data']['subset']} "
+        f"{m['model']['name']}: sha256 {m['model']['fingerprint'][:12]}, "
+        f"{m['data']['name']} {m['data']['subset'] or 'all images'} "
         f"(n={len(f.clean)}, sha256 {m['data']['fingerprint'][:12]}), seed {m['seed']}, "
         f"{cost['forwards']:,} forward and {cost['backwards']:,} backward passes, {cost['seconds']} s, {f.store.folder}"
     )

@@ -30,22 +30,19 @@ def text(cell: Cell, digits: int = 4) -> str:
 
 
 def terminal(table: Table) -> str:
-    """Aligned columns; rates with their interval below the percentage."""
+    """Aligned columns for a screen; a table of few rows and many columns is turned on its side."""
+    width = max(Console().width, 100)
+    grid = [table.columns, *([text(row.get(c)) for c in table.columns] for row in table.rows)]
+    needed = sum(max(len(line[k]) for line in grid) + 2 for k in range(len(table.columns)))
+    if needed > width and len(table.rows) <= 4:
+        grid = [list(line) for line in zip(*grid, strict=True)]
     shown = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in table.columns:
-        numbers = any(isinstance(r.get(column), (int, float, Rate)) for r in table.rows)
-        shown.add_column(CONTROL.sub("", column), justify="right" if numbers else "left", overflow="fold")
-
-    def stacked(cell: Cell) -> str:
-        if isinstance(cell, Rate) and cell.n:
-            low, high = cell.interval
-            return f"{100 * cell.value:.1f} %\n{cell.k}/{cell.n}\n[{100 * low:.1f}, {100 * high:.1f}]"
-        return text(cell)
-
-    for row in table.rows:
-        shown.add_row(*(stacked(row.get(c)) for c in table.columns))
+    for k, heading in enumerate(grid[0]):
+        shown.add_column(CONTROL.sub("", heading), justify="left" if k == 0 else "right", overflow="fold")
+    for line in grid[1:]:
+        shown.add_row(*line)
     buffer = StringIO()
-    console = Console(file=buffer, width=max(Console().width, 100), highlight=False, markup=False)
+    console = Console(file=buffer, width=width, highlight=False, markup=False)
     console.print(shown)
     for note in table.notes:
         console.print(CONTROL.sub("", note), style="dim")
@@ -94,12 +91,18 @@ def latex(table: Table, ci: str = "bracket") -> str:
             value = f"{100 * cell.value:.1f}"
             if ci == "none":
                 return value
-            return f"{{{value} [{low:.1f}, {high:.1f}]}}" if ci == "bracket" else f"{{{value} $\\pm$ {(high - low) / 2:.1f}}}"
+            return (
+                f"{{{value} [{low:.1f}, {high:.1f}]}}"
+                if ci == "bracket"
+                else f"{{{value} $\\pm$ {(high - low) / 2:.1f}}}"
+            )
         return text(cell) if isinstance(cell, float) else f"{{{latex_text(text(cell))}}}"
 
     frame = frame_of(table, write)
     frame.columns = [f"{{{latex_text(c)}}}" for c in table.columns]
-    body: str = frame.style.hide(axis="index").to_latex(hrules=True, siunitx=True, column_format="S" * len(frame.columns))
+    body: str = frame.style.hide(axis="index").to_latex(
+        hrules=True, siunitx=True, column_format="S" * len(frame.columns)
+    )
     notes = "\n".join(f"% {CONTROL.sub('', n)}" for n in [table.title, *table.notes]).replace("\n%", "\n%")
     return f"{notes}\n{body}"
 

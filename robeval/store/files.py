@@ -76,7 +76,10 @@ def lock(path: Path) -> IO[bytes]:
     except OSError:
         handle.close()
         raise MachineError(
-            "another robeval is working on this run", code="E04", where=str(path.parent), do="wait for it, or use --shard"
+            "another robeval is working on this run",
+            code="E04",
+            where=str(path.parent),
+            do="wait for it, or use --shard",
         ) from None
     return handle
 

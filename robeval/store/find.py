@@ -20,6 +20,9 @@ def runs(path: str | Path, *, check_examples: bool = False) -> list[RunStore]:
     found = sorted(p.parent for p in path.glob("*/manifest.json")) if path.is_dir() else []
     if not found:
         raise FileRefused(
-            f"no run found at {path}", code="R05", why="a run is a folder with a manifest.json", do="robeval attack MODEL"
+            f"no run found at {path}",
+            code="R05",
+            why="a run is a folder with a manifest.json",
+            do="robeval attack MODEL",
         )
     return [RunStore.open(p, check_examples=check_examples) for p in found]

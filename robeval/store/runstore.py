@@ -185,7 +185,9 @@ class RunStore:
         self._scan()
         tables = [t.append_column("part", pa.array([n] * t.num_rows, pa.string())) for n, (t, _) in self._in_order()]
         empty = parts.arrow_schema(self._record).append(pa.field("part", pa.string(), nullable=False)).empty_table()
-        frame = pa.concat_tables([empty.replace_schema_metadata(None), *tables], promote_options="permissive").to_pandas()
+        frame = pa.concat_tables(
+            [empty.replace_schema_metadata(None), *tables], promote_options="permissive"
+        ).to_pandas()
         return settle(frame, KEYS[self._record], self._manifest["model"].get("name", "the model"))
 
     def done(self, method: str, eps: float = math.nan) -> set[int]:

@@ -191,6 +191,6 @@ def test_attacks_only_propose(name: str) -> None:
             x0, Untargeted(these.y), Ball(norm, EPS[norm]), Streams(0, [1, 2, 3], name, dtype=x0.dtype), **quick(name)
         ),
         None,
-    )  # noqa: E501
+    )
     assert first is None or isinstance(first, (Logits, Gradient))
     assert model.classes == 5
