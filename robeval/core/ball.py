@@ -32,7 +32,8 @@ def vector_norm(d: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return flat.abs().amax(1)
     if norm == "l2":
-        return torch.linalg.vector_norm(flat, dim=1)
+        length: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        return length
     if norm == "l1":
         return flat.abs().sum(1)
     if norm == "l0":
