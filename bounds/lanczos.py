@@ -150,21 +150,22 @@ def _start(
         b = b.masked_fill(broken, 0)
         t[:, k, k], t[:, k, k + 1], t[:, k + 1, k] = a, b, b
         if k + 1 >= least or k + 1 == limit:
-            theta, s = torch.linalg.eigh(t[:, : k + 1, : k + 1])
-            residual = b[:, None] * s[:, -1, :].abs()
+            open_ = (~done).nonzero()[:, 0]
+            theta, s = torch.linalg.eigh(t[open_, : k + 1, : k + 1])
+            residual = b[open_, None] * s[:, -1, :].abs()
             top, low, top_error, low_error = theta[:, -1], theta[:, 0], residual[:, -1], residual[:, 0]
             # A residual cannot be smaller than the rounding of the products.
             floor = 16 * eps * theta.abs().amax(1)
-            good = torch.ones_like(done)
+            good = torch.ones_like(open_, dtype=torch.bool)
             if end != "smallest":
                 good &= top_error <= torch.maximum(tolerance * top.abs(), floor)
             if end != "largest":
                 good &= low_error <= torch.maximum(tolerance * low.abs(), floor)
-            new = ~done & (good | broken | (k + 1 == limit))
-            where = held[new]
+            new = good | broken[open_] | (k + 1 == limit)
+            where = held[open_[new]]
             out[:, where] = torch.stack([top, low, top_error, low_error])[:, new]
             count[where], met[where] = k + 1, good[new]
-            done |= new
+            done[open_[new]] = True
             if done.all():
                 break
         q = w / b.clamp_min(torch.finfo(torch.float64).tiny)[:, None].to(w.dtype)

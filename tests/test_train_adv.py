@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robeval.core.ball import Ball
 from robeval.core.streams import Streams
 from robeval.train.gradients import exact_hvp, fd_hvp, input_grad
 from robeval.train.methods.adv import adv
 from robeval.train.modes import bn_mode, fixed_parameters
 from robeval.train.passes import counting
-from robeval.train.starts import L2_STARTS, Ball, starting
+from robeval.train.starts import L2_STARTS, starting
 from robeval.train.step import fill_gradients
 
 F64 = torch.float64
@@ -114,7 +115,7 @@ def test_o68_crafting_leaves_the_running_statistics(mode: Any) -> None:
     for craft in (mode, "train"):
         one = cnn(batchnorm=True).train()
         list(adv(one, x, y, streams(), steps=3, craft=craft))
-        assert int(one[1].num_batches_tracked) == (1 if craft != "train" else 4)
+        assert int(one.state_dict()["1.num_batches_tracked"]) == (1 if craft != "train" else 4)
 
 
 def test_o68_batch_statistics_mix_the_images() -> None:

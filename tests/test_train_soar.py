@@ -255,7 +255,7 @@ def test_o18_a_repeated_batch_changes_nothing(init: str, hvp: str) -> None:
 def test_o19_clip_modes() -> None:
     model, (x, y, rng) = softplus_cnn(), batch(4, 2, 5, 5)
     with torch.no_grad():
-        model[3].weight.mul_(200)
+        list(model.parameters())[2].mul_(200)
         y = model(x).argmin(1)  # confidently wrong: every ||Hz|| is far above 10
     plain = gradient_of(model, x, y, Fixed(*gaussian(4, 2, 5, 5)), init="zero", weight=0.0)
     k = kappa("linf", 8 / 255, 50)

@@ -39,7 +39,7 @@ def table(
     set_quiet(quiet)
     from robeval.reports.tables import attacks_table, models_table
     from robeval.reports.writers import write
-    from robeval.store.files import write_text
+    from robeval.store.files import cannot_write, write_whole
     from robeval.store.find import runs as find_runs
 
     stores = [s for text in runs for s in find_runs(text)]
@@ -58,7 +58,10 @@ def table(
         for warning in store.warnings:
             note(warning)
     if out:
-        write_text(Path(out), "\n".join(texts))
+        try:
+            write_whole(Path(out), "\n".join(texts).encode())
+        except OSError as error:
+            raise cannot_write(error, Path(out)) from None
         note(out)
     else:
         sys.stdout.write("\n".join(texts))

@@ -1,51 +1,74 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or absent, and the lock that keeps two writers apart."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from robeval.core.errors import MachineError
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows: the check for a second writer is left out there
+    fcntl = None  # type: ignore[assignment]
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write through a temporary name in the same folder, flush to disk, rename, flush the folder.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BUSY = (errno.EACCES, errno.EAGAIN)
+_held: dict[tuple[int, str], IO[bytes]] = {}
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can open a folder."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes, tag: str = "") -> None:
+    """Write a file so that nobody ever sees a part of it: temporary name, fsync, rename, fsync of the folder.
 
     Args:
-        path: The final name.
-        write: Writes the content to the path that it is given.
+        tag: Ends the temporary name, ``.NAME.TAG.tmp``; a writer removes what its own tag left behind.
 
     Raises:
-        MachineError: disk full, read-only or no rights; nothing is left behind.
+        OSError: nothing was written then, or the file is whole but was not made durable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temp = path.parent / f".{path.name}.{tag or os.getpid()}.tmp"
+    temp.unlink(missing_ok=True)
     try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MachineError(
-            f"cannot write {path.name}: {error.strerror or error}",
-            code="E03",
-            where=str(path.parent),
-            why="everything written before is safe",
-            do="free space or choose another --out, and run the same command again",
-        ) from None
+        with open(temp, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
-def write_json(path: Path, document: Any) -> None:
-    """A JSON file, whole or not at all."""
-    write_text(path, json.dumps(document, indent=1, default=str))
+def cannot_write(error: OSError, where: Path, safe: str = "") -> MachineError:
+    """The error for a disk that is full, read-only or over its quota.
 
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    write_whole(path, lambda p: _text(p, text))
+    Args:
+        safe: What was saved before, such as ``412 records``.
+    """
+    what = "disk full" if error.errno in _FULL else f"cannot write: {error.strerror or error}"
+    return MachineError(
+        what + (f" after {safe}; all of them are safe" if safe else ""),
+        code="E03",
+        where=str(where),
+        do="free space or choose another folder, then give the same command again",
+    )
 
 
 def make_folder(folder: Path) -> None:
@@ -57,40 +80,42 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(
-            f"cannot make {folder}: {error.strerror}", code="E03", do="choose a writable folder with --out"
-        ) from None
+        raise cannot_write(error, folder) from None
 
 
-def lock(path: Path) -> IO[bytes]:
-    """Hold a file for this process; the system lets go of it when the process ends, however it ends.
+class Lock:
+    """The right to write one shard of a run, held until :meth:`release` or the end of the process, however it ends.
 
-    Raises:
-        MachineError: another process holds it.
+    Stores of the same process share it. Where the file system has no locks, nobody is kept out.
     """
-    import fcntl
 
-    handle = path.open("ab")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        raise MachineError(
-            "another robeval is working on this run",
-            code="E04",
-            where=str(path.parent),
-            do="wait for it, or use --shard",
-        ) from None
-    return handle
+    def __init__(self, path: Path):
+        self.key = (os.getpid(), str(path.resolve()))
+        self.path = path
 
+    def taken(self) -> bool:
+        """This process has it already."""
+        return self.key in _held
 
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    def acquire(self, patience: float = 0.0) -> bool:
+        """True when this process has it now; False when another one still does after ``patience`` seconds."""
+        if self.taken() or fcntl is None:
+            return True
+        deadline = time.monotonic() + patience
+        file = open(self.path, "ab")  # noqa: SIM115 - open as long as the lock is held
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _BUSY and time.monotonic() < deadline:
+                    time.sleep(0.05)  # a reader that tidies up holds it for a moment only
+                    continue
+                file.close()
+                return error.errno not in _BUSY
+            _held[self.key] = file
+            return True
 
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def release(self) -> None:
+        file = _held.pop(self.key, None)
+        if file is not None:
+            file.close()

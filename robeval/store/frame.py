@@ -46,7 +46,7 @@ def settle(frame: pd.DataFrame, key: Sequence[str], model: str) -> pd.DataFrame:
     return frame[~frame.duplicated(list(key))].sort_index().reset_index(drop=True)
 
 
-def _agree(column: pd.Series) -> bool:  # type: ignore[type-arg]
+def _agree(column: pd.Series) -> bool:
     first = column.iloc[0]
     if column.dtype.kind == "f":
         return bool(np.isclose(column.to_numpy(), first, rtol=REL, atol=ABS, equal_nan=True).all())

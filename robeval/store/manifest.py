@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import robeval
+from robeval.core.errors import FileRefused, MachineError, UsageError
 from robeval.core.numbers import pretty
 from robeval.core.records import SCHEMA, AttackRecord, Certificate
 
@@ -68,7 +69,7 @@ def new_manifest(
     model: dict[str, Any],
     data: dict[str, Any],
     threat: dict[str, Any],
-    methods: list[Any],
+    methods: list[dict[str, Any]],
     seed: int,
     settings: dict[str, Any],
     argv: list[str],
@@ -78,11 +79,10 @@ def new_manifest(
     Args:
         kind: A key of :data:`RECORDS`.
         model: ``name`` and ``fingerprint`` at least.
-        data: ``name``, ``fingerprint`` of the FULL chosen image set (not of a shard), and ``n``, its number of images.
+        data: ``name``, ``fingerprint`` of the FULL chosen image set (not of a shard), and ``images``, their number.
         threat: ``norm`` and ``eps``, a list of radii in pixel units.
-        methods: In the order in which they run, each a dict with ``label`` (the name used in the records) and whatever
-            else defines it, or just the label.
-        settings: All other resolved settings; not part of the identity.
+        methods: In the order in which they run, each with ``label`` (its name in the records) and whatever defines it.
+        settings: What else decides which records there are; nothing that only changes the speed.
         argv: The command as it was typed.
 
     Raises:
@@ -123,6 +123,7 @@ def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "threat": manifest["threat"],
         "methods": manifest["methods"],
         "seed": manifest["seed"],
+        "settings": manifest["settings"],
     }
 
 
@@ -142,9 +143,34 @@ def folder_name(manifest: Mapping[str, Any]) -> str:
     return f"{manifest['kind']}-{slug(str(manifest['model'].get('name', '')))}-{run_id(manifest)[:8]}"
 
 
-def labels(manifest: Mapping[str, Any]) -> list[str]:
-    """Labels of the methods, in the order in which they run."""
-    return [m if isinstance(m, str) else str(m.get("label", m.get("name", ""))) for m in manifest["methods"]]
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run folder.
+
+    Raises:
+        FileRefused: there is none, it is damaged (R05), or it is a link (R06).
+        UsageError: a newer robeval wrote it (R03).
+        MachineError: it cannot be read (E03).
+    """
+    path = folder / "manifest.json"
+    if path.is_symlink():
+        raise FileRefused(f"{path} is a link; refused", code="R06", why="a file of a run is never a link")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        newer, kind, _ = int(manifest["schema"]) > SCHEMA, manifest["kind"], run_id(manifest)
+    except FileNotFoundError:
+        raise FileRefused(
+            f"no run at {folder}", code="R05", do="give a folder that robeval attack or certify made"
+        ) from None
+    except OSError as error:
+        raise MachineError(f"cannot read {path}: {error.strerror}", code="E03") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileRefused(f"{path} is damaged or is no manifest", code="R05") from None
+    if newer:
+        made = manifest.get("robeval", "of another version")
+        raise UsageError(f"written by robeval {made}, which is newer", code="R03", where=str(path), do="update robeval")
+    if kind not in RECORDS:
+        raise FileRefused(f"{path} describes a run of unknown kind {kind!r}", code="R05")
+    return manifest
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

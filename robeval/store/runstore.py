@@ -1,4 +1,4 @@
-"""A run on disk: ``RUN/manifest.json``, ``records/part-*.parquet``, ``examples/part-*.safetensors``, ``sessions/*.json``.
+"""A run on disk: ``manifest.json``, ``records/part-*.parquet``, ``examples/part-*.safetensors``, ``sessions/*.json``.
 
 A part is written once and never changed: the images first, then the records that name their hash, so that records
 without their images cannot exist. What is acknowledged survives ``kill -9``; what is not leaves nothing behind.
@@ -20,39 +20,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from robeval.core.errors import FileRefused, MachineError, UsageError
-from robeval.core.records import SCHEMA
 from robeval.store import parts
-from robeval.store.atomic import Lock, cannot_write, write_whole
+from robeval.store.files import Lock, cannot_write, make_folder, write_whole
 from robeval.store.frame import KEYS, same_eps, settle
-from robeval.store.manifest import RECORDS, difference, folder_name, run_id
+from robeval.store.manifest import RECORDS, difference, folder_name, read_manifest, run_id
+from robeval.store.tidy import tidy
 
 _PART = re.compile(r"part-(?P<shard>[A-Za-z0-9_]+)-(?P<seq>\d{6})")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if path.is_symlink():
-        raise FileRefused(f"{path} is a link; refused", code="R06", why="a file of a run is never a link")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        newer = int(manifest["schema"]) > SCHEMA
-        record, _ = manifest["kind"], run_id(manifest)
-    except FileNotFoundError:
-        raise FileRefused(f"no run at {folder}", code="R05", why="it has no manifest.json") from None
-    except OSError as error:
-        raise MachineError(f"cannot read {path}: {error.strerror}", code="E03") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FileRefused(f"{path} is damaged or is no manifest", code="R05") from None
-    if newer:
-        raise UsageError(
-            f"{folder.name} was written by robeval {manifest.get('robeval', 'of a later version')}, which is newer",
-            code="R03",
-            where=str(path),
-            do="upgrade robeval",
-        )
-    if record not in RECORDS:
-        raise FileRefused(f"{path} is a run of unknown kind {record!r}", code="R05")
-    return manifest  # type: ignore[no-any-return]
 
 
 class RunStore:
@@ -92,22 +66,27 @@ class RunStore:
         """
         folder = Path(root) / (name or folder_name(manifest))
         tag = re.sub(r"[^A-Za-z0-9]+", "of", shard).strip("_") or "all"
+        for kind in ("records", "examples", "sessions"):
+            make_folder(folder / kind)
+            if (folder / kind).is_symlink():
+                raise FileRefused(f"{folder / kind} is a link; refused", code="R06")
+        lock = Lock(folder / f".lock-{tag}")
         try:
-            for kind in ("records", "examples", "sessions"):
-                (folder / kind).mkdir(parents=True, exist_ok=True)
-                if (folder / kind).is_symlink():
-                    raise FileRefused(f"{folder / kind} is a link; refused", code="R06")
-            if not Lock(folder / f".lock-{tag}").acquire():
-                raise MachineError("another process is writing this run", code="E04", where=str(folder))
+            if not lock.acquire(patience=2.0):
+                raise MachineError(
+                    "another robeval is writing this run",
+                    code="E04",
+                    where=str(folder),
+                    do="wait for it, or use --shard",
+                )
             if not (folder / "manifest.json").exists():
-                text = json.dumps(manifest, indent=2) + "\n"
-                write_whole(folder / "manifest.json", text.encode(), tag)
+                write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode(), tag)
         except OSError as error:
             raise cannot_write(error, folder) from None
-        found = _read_manifest(folder)
+        found = read_manifest(folder)
         differs = difference(found, manifest)
         if differs:
-            Lock(folder / f".lock-{tag}").release()
+            lock.release()
             what, old, new = differs
             raise UsageError(
                 f"this run used {what} {old}, you gave {new}",
@@ -116,7 +95,7 @@ class RunStore:
                 do="use the same settings, or another folder",
             )
         store = cls(folder, found, tag, True)
-        store._sweep()
+        tidy(folder, tag)
         store._scan()
         return store
 
@@ -132,8 +111,8 @@ class RunStore:
             UsageError: written by a newer robeval (R03).
         """
         folder = Path(folder)
-        store = cls(folder, _read_manifest(folder), None, check_examples)
-        store._sweep()
+        store = cls(folder, read_manifest(folder), None, check_examples)
+        tidy(folder)
         store._scan()
         return store
 
@@ -177,7 +156,7 @@ class RunStore:
         return name
 
     def frame(self) -> pd.DataFrame:
-        """All records with the columns of their dataclass and ``part``, one row per key, parts of other shards included.
+        """All records, those of other shards too, one row per key: the columns of their dataclass, and ``part``.
 
         Raises:
             ContractBroken: two records of the same key disagree: the model is not repeatable.
@@ -263,31 +242,6 @@ class RunStore:
 
     def _in_order(self) -> list[tuple[str, tuple[pa.Table, str]]]:
         return sorted(self._parts.items())
-
-    def _sweep(self) -> None:
-        """Remove what a killed writer left: temporary files, and images whose records were never written.
-
-        Only of shards that nobody is writing now; a folder that cannot be written is left as it is.
-        """
-        for lock_file in self.folder.glob(".lock-*"):
-            lock, tag = Lock(lock_file), lock_file.name.removeprefix(".lock-")
-            mine = tag == self._shard
-            if lock.taken() and not mine:
-                continue
-            try:
-                if not lock.acquire():
-                    continue
-                for path in [*self.folder.glob(f".*.{tag}.tmp"), *self.folder.glob(f"*/.*.{tag}.tmp")]:
-                    path.unlink()
-                for path in (self.folder / "examples").glob(f"part-{tag}-*.safetensors"):
-                    name = path.name.removesuffix(".safetensors")
-                    if not list((self.folder / "records").glob(f"{name}.parquet*")):
-                        path.unlink()
-            except OSError:
-                continue
-            finally:
-                if not mine:
-                    lock.release()
 
     def _scan(self) -> None:
         """Take in parts that are new since the last look, and set damaged ones aside."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,9 +11,10 @@ from torch import nn
 from robeval.core.errors import unknown
 
 KINDS = ("he", "torch")
+M = TypeVar("M", bound=nn.Module)
 
 
-def seeded(build: Callable[[], nn.Module], seed: int, kind: str = "he") -> nn.Module:
+def seeded(build: Callable[[], M], seed: int, kind: str = "he") -> M:
     """Build a network with weights from a seed; the global generator is put back.
 
     Args:

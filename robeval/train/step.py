@@ -58,7 +58,7 @@ def fill_gradients(parameters: list[nn.Parameter], loss: Loss, where: str = "") 
         length = torch.stack([g.norm() for g in grads]).norm()
         scale = (loss.apart_limit / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
         for p, g in zip(parameters, grads, strict=True):
-            p.grad = g.detach() * scale
+            p.grad = torch.empty_like(p).copy_(g.detach() * scale)  # in the layout of p
         logs["gradient_clipped"] = float(length > loss.apart_limit)
     loss.total.backward()
     return logs

@@ -103,8 +103,9 @@ def test_o73_a_sample_without_gradient_does_no_harm(name: str, norm: str) -> Non
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     with torch.no_grad():
-        model[1].bias.fill_(-5.0)
-        model[1].weight[0] = 2.0  # bright images still pass through one unit
+        weight, bias = list(model.parameters())[:2]
+        bias.fill_(-5.0)
+        weight[0] = 2.0  # bright images still pass through one unit
     x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4), torch.zeros(1, 4, 4)]).double()
     y = torch.tensor([0, 1, 2])
     rng = Streams(0, range(3), name, dtype=x.dtype)
