@@ -101,7 +101,8 @@ def _better(a: Spectrum, b: Spectrum) -> Spectrum:
 
 
 def _unit(v: Tensor) -> Tensor:
-    return v / v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    length: Tensor = v.norm(dim=1, keepdim=True)
+    return v / length.clamp_min(torch.finfo(v.dtype).tiny)
 
 
 def _orthogonal(w: Tensor, basis: Tensor) -> Tensor:

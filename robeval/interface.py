@@ -13,7 +13,8 @@ from robeval.core.classifier import Classifier
 from robeval.core.images import Images
 from robeval.data.load import load as load_images
 from robeval.data.subset import subset
-from robeval.evaluate.attacking import Settings, attack_run
+from robeval.evaluate.attacking import attack_run
+from robeval.evaluate.settings import Settings
 from robeval.evaluate.suites import attacks as read_attacks
 from robeval.evaluate.suites import suite as read_suite
 from robeval.evaluate.verify import Verification, verify

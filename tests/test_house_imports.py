@@ -31,7 +31,9 @@ ARROWS: dict[str, set[str]] = {
 LOWER = {*ARROWS} - {"robeval.reports"}
 for floor in ("robeval.evaluate", "robeval.certify", "robeval.train"):
     ARROWS[floor] = LOWER
-ARROWS["robeval.cli"] = {*ARROWS}
+ARROWS["robeval.interface"] = {*ARROWS}  # robeval from Python, beside the command line
+ARROWS["robeval.interface"] = {*ARROWS}  # the house for Python programs, beside the command line
+ARROWS["robeval.cli"] = {*ARROWS} - {"robeval.interface"}
 ARROWS["robeval.bootstrap"] = set()
 ARROWS["robeval.__main__"] = {"robeval.cli"}
 #: Method files of these kinds must not lean on each other: an algorithm reads alone. Machinery beside them is shared.

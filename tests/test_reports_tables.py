@@ -92,7 +92,9 @@ def test_facts_of_a_cascade(cascade: RunStore) -> None:
     assert (first.robust, first.alone, first.attacked, first.first) == (Rate(1, 5), False, 1, 0)
     assert (second.robust, second.broken, second.first) == (Rate(1, 5), 2, 0)
     assert facts.distances().tolist() == [0.1, 0.15, 0.19, 0.5, 0.0]
-    assert facts.mean_distance() == (pytest.approx(0.188), 5)
+    mean, found = facts.mean_distance()
+    assert mean == pytest.approx(0.188)
+    assert found == 5
     assert facts.complete
     assert facts.cost() == {"forwards": 5 + 80, "backwards": 40, "seconds": 1.5}
 
@@ -147,7 +149,9 @@ def test_wilson_is_scipys(k: int, n: int) -> None:
 def test_estimates_stand_beside_the_attacks_that_refute_them(cascade: RunStore, tmp_path: Path) -> None:
     manifest = new_manifest(
         "certify", model={"name": "m", "fingerprint": "a"}, threat={"norm": "linf", "eps": []},
-        methods=[{"label": "l-bound", "name": "l-bound", "settings": {}, "hash": "3", "source": "C", "kind": "estimate"}],
+        methods=[
+            {"label": "l-bound", "name": "l-bound", "settings": {}, "hash": "3", "source": "C", "kind": "estimate"}
+        ],
         data=cascade.manifest()["data"], seed=0, settings={}, argv=[],
     )  # fmt: skip
     store = RunStore.create_or_open(tmp_path, manifest)

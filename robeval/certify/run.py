@@ -152,9 +152,8 @@ def certify(
     store = RunStore.create_or_open(root, manifest_of(classifier, images, settings, argv or []))
     session: dict[str, Any] = {"argv": argv or [], "exit_code": 0, "bounds": {}}
     try:
-        frame = store.frame()
         for spec in settings.specs:
-            if (frame["bound"] == spec.label).sum() < len(images):
+            if not store.done(spec.label) >= set(images.ids.tolist()):
                 before = time.monotonic()
                 records = _bound(spec, classifier, images, settings, on_progress)
                 store.append(records)

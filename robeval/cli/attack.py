@@ -158,7 +158,7 @@ def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str 
     from robeval.core.errors import unknown
     from robeval.core.numbers import radii
     from robeval.evaluate import suites
-    from robeval.evaluate.attacking import Settings
+    from robeval.evaluate.settings import Settings
 
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)

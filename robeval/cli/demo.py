@@ -15,7 +15,8 @@ from robeval.cli.common import Json, OnProgress, Quiet, note, print_json, progre
 EXAMPLES = "**Examples**\n\n    robeval demo\n\n    robeval demo --out /tmp/demo --json"
 
 EPS = 2 / 16
-TRAININGS = {"standard": "standard", "adv": f"adv:eps={EPS},steps=5"}
+#: Method, epochs, largest learning rate.
+TRAININGS = {"standard": ("standard", 6, 3e-3), "adv": (f"adv:eps={EPS},steps=3", 8, 5e-3)}
 
 
 def demo(
@@ -32,9 +33,9 @@ def demo(
 
     started, folder = time.monotonic(), Path(out)
     stores = []
-    for name, method in TRAININGS.items():
+    for name in TRAININGS:
         with progress(f"train {name}") as on_progress:
-            file = _train(folder, name, method, on_progress)
+            file = _train(folder, name, on_progress)
         note(f"trained   {file}")
         with progress(f"attack {name}") as on_progress:
             stores += _attack(file, folder, on_progress)
@@ -50,7 +51,7 @@ def demo(
     note(f"models and runs: {folder}/   next: robeval attack {folder}/adv.pt --suite white-box --eps 2/16")
 
 
-def _train(folder: Path, name: str, method: str, on_progress: OnProgress) -> Path:
+def _train(folder: Path, name: str, on_progress: OnProgress) -> Path:
     from robeval.core import catalogue
     from robeval.data.load import load as load_images
     from robeval.store.files import make_folder
@@ -58,11 +59,13 @@ def _train(folder: Path, name: str, method: str, on_progress: OnProgress) -> Pat
     from robeval.train.recipe import Recipe
 
     make_folder(folder)
+    method, epochs, lr = TRAININGS[name]
     job = Job(
         catalogue.parse("trainers", method),
-        Recipe(epochs=15, batch_size=64, optimizer="adam", lr=0.003, eps=EPS),
+        Recipe(epochs=epochs, batch_size=64, optimizer="adam", lr=lr, eps=EPS),
         folder / f"{name}.pt",
         model_arguments={"act": "smooth"},  # the curvature bound needs a network that is twice differentiable
+        held_out=80,
         note={"data": "digits"},
     )
     run_job(job, load_images("digits", "train"), on_progress=on_progress)
@@ -77,7 +80,8 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     """The quick suite in linf at 2/16 on every image, and the nearest adversarial images in l2."""
-    from robeval.evaluate.attacking import Settings, attack_run
+    from robeval.evaluate.attacking import attack_run
+    from robeval.evaluate.settings import Settings
     from robeval.evaluate.suites import attacks, suite
 
     classifier, images = _load(file)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from robeval.core.ball import ABS, REL, Ball
@@ -18,98 +15,15 @@ from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken, RobevalError, UsageError
 from robeval.core.goal import Untargeted
 from robeval.core.images import Images
-from robeval.core.records import CLEAN, AttackRecord
+from robeval.core.records import CLEAN
+from robeval.data.subset import shard as shard_of
 from robeval.engine.backend import Backend
-from robeval.engine.judge import Outcome
-from robeval.engine.run import Plan, run
-from robeval.store.manifest import new_manifest
+from robeval.engine.run import run
+from robeval.evaluate.recording import Recorder
+from robeval.evaluate.settings import Settings, manifest_of, plan, searches_nearest
 from robeval.store.runstore import RunStore
 
 OnProgress = Callable[[int, int, str], None]
-FLUSH_SECONDS = 5.0
-
-
-@dataclass
-class Settings:
-    """What to run.
-
-    Args:
-        specs: Attacks in order.
-        norm: Norm of the threat model.
-        radii: Values of eps in pixel units; empty for minimal-norm attacks alone.
-        seed: Seed of every image's random stream.
-        each: Run every attack on every correctly classified image, instead of only on those still standing.
-        batch_size: Most images in one model call; never changes a result.
-        shard: ``i/n``, or empty for all images.
-    """
-
-    specs: list[Spec]
-    norm: str
-    radii: list[float]
-    seed: int = 0
-    each: bool = False
-    batch_size: int = 256
-    shard: str = ""
-
-
-def plan(spec: Spec) -> Plan:
-    """The engine's plan for a catalogued attack."""
-    facts = spec.method.facts
-    attempts = int(spec.settings.get(facts.get("attempts", ""), 1))
-    start = partial(spec.method.load(), **spec.settings)
-    return Plan(spec.method.name, start, attempts, facts.get("access") == "black-box")
-
-
-def searches_nearest(spec: Spec) -> bool:
-    """The attack looks for the nearest adversarial image instead of one within eps."""
-    return bool(spec.method.facts.get("search") == "minimal")
-
-
-def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv: list[str]) -> dict[str, Any]:
-    """The manifest of an attack run; its identity is what decides whether a command resumes it."""
-    methods = [
-        {
-            "label": s.label,
-            "name": s.method.name,
-            "settings": s.settings,
-            "hash": s.config_hash,
-            "source": s.method.facts["source"],
-            "search": "minimal" if searches_nearest(s) else "fixed",
-        }
-        for s in settings.specs
-    ]
-    return new_manifest(
-        "attack",
-        model=classifier.facts(),
-        data=images.facts(),
-        threat={"norm": settings.norm, "eps": settings.radii, "tolerance": f"eps * (1 + {REL:g}) + {ABS:g}, float64"},
-        methods=methods,
-        seed=settings.seed,
-        settings={"each": settings.each},
-        argv=argv,
-    )
-
-
-@dataclass
-class _Writer:
-    """Turns outcomes into records and puts them on disk every few seconds."""
-
-    store: RunStore
-    records: list[AttackRecord] = field(default_factory=list)
-    examples: list[np.ndarray] = field(default_factory=list)
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, record: AttackRecord, example: torch.Tensor | None = None) -> None:
-        self.records.append(record)
-        if example is not None:
-            self.examples.append(example.detach().cpu().float().numpy())
-        if time.monotonic() - self.since > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.records:
-            self.store.append(self.records, np.stack(self.examples) if self.examples else None)
-        self.records, self.examples, self.since = [], [], time.monotonic()
 
 
 def clean_pass(backend: Backend, images: Images) -> torch.Tensor:
@@ -152,8 +66,6 @@ def attack_run(
         ContractBroken: NaN logits on clean images, a model that fails.
         MachineError: disk or memory.
     """
-    from robeval.data.subset import shard as shard_of
-
     if not settings.radii and not all(searches_nearest(s) for s in settings.specs):
         fixed = next(s.label for s in settings.specs if not searches_nearest(s))
         raise UsageError(f"{fixed} needs a radius", code="A02", do="give one, such as --eps 8/255")
@@ -167,10 +79,10 @@ def attack_run(
     mine = mine.to(classifier.device)
     z = clean_pass(backend, mine)
     store = RunStore.create_or_open(root, manifest, settings.shard.replace("/", "of"))
-    writer = _Writer(store)
+    recorder = Recorder(store, mine, settings.norm, settings.seed, z)
     session: dict[str, Any] = {"argv": argv or [], "exit_code": 0}
     try:
-        _Evaluation(classifier, mine, z, settings, backend, store, writer, on_progress).run()
+        _Evaluation(mine, settings, backend, recorder, on_progress).run()
     except RobevalError as error:
         session["exit_code"] = error.exit_code
         raise
@@ -178,7 +90,7 @@ def attack_run(
         session["exit_code"] = 130
         raise
     finally:
-        writer.flush()
+        recorder.flush()
         counts = backend.counts
         session |= {
             "seconds": round(time.monotonic() - started, 3),
@@ -199,21 +111,15 @@ class _Evaluation:
 
     def __init__(
         self,
-        classifier: Classifier,
         images: Images,
-        z: torch.Tensor,
         settings: Settings,
         backend: Backend,
-        store: RunStore,
-        writer: _Writer,
+        recorder: Recorder,
         on_progress: OnProgress | None,
     ):
         self.images, self.settings, self.backend = images, settings, backend
-        self.writer, self.on_progress = writer, on_progress
-        self.prediction = z.argmax(1)
-        self.margin = Untargeted(images.y).margin(z)
-        self.correct = self.prediction == images.y
-        frame = store.frame()
+        self.recorder, self.on_progress = recorder, on_progress
+        frame = recorder.store.frame()
         self.known = set(zip(frame["index"], frame["attack"], frame["eps"], strict=True)) if len(frame) else set()
         self.distance: dict[int, float] = {}
         column = f"distance_{settings.norm}"
@@ -234,8 +140,8 @@ class _Evaluation:
     def _clean(self) -> None:
         for position, index in enumerate(self.images.ids.tolist()):
             if (index, CLEAN, 0.0) not in self.known:
-                self.writer.add(self._clean_record(position))
-        self.writer.flush()
+                self.recorder.clean(position)
+        self.recorder.flush()
 
     def _attack(self, spec: Spec, eps: float) -> None:
         radius = math.inf if searches_nearest(spec) else eps
@@ -243,7 +149,7 @@ class _Evaluation:
         rows = [
             position
             for position, index in enumerate(self.images.ids.tolist())
-            if self.correct[position]
+            if self.recorder.correct[position]
             and (index, spec.label, radius) not in self.known
             and (self.settings.each or self.distance.get(index, math.inf) > limit)
         ]
@@ -262,62 +168,9 @@ class _Evaluation:
         )
         for outcome in outcomes:
             position = rows[outcome.position]
-            self.writer.add(self._record(spec, radius, position, outcome), outcome.example)
+            self.recorder.attacked(spec, radius, position, outcome)
             index = int(self.images.ids[position])
             self.known.add((index, spec.label, radius))
             if outcome.success:
                 self._found(index, outcome.distances[self.settings.norm])
-        self.writer.flush()
-
-    def _record(self, spec: Spec, radius: float, position: int, outcome: Outcome) -> AttackRecord:
-        return AttackRecord(
-            index=int(self.images.ids[position]),
-            label=int(self.images.y[position]),
-            clean_prediction=int(self.prediction[position]),
-            clean_correct=True,
-            attack=spec.label,
-            norm=self.settings.norm,
-            eps=radius,
-            success=outcome.success,
-            prediction=outcome.prediction,
-            **{f"distance_{norm}": distance for norm, distance in outcome.distances.items()},
-            margin=outcome.margin,
-            attempt=outcome.attempt,
-            iterations=outcome.iterations,
-            forwards=outcome.forwards,
-            backwards=outcome.backwards,
-            first_success_forward=outcome.first_success_forward,
-            survives_8bit=outcome.survives_8bit,
-            seed=self.settings.seed,
-            attack_config_hash=spec.config_hash,
-            error=outcome.error,
-            example=len(self.writer.examples) if outcome.example is not None else -1,
-        )
-
-    def _clean_record(self, position: int) -> AttackRecord:
-        correct = bool(self.correct[position])
-        distance = math.inf if correct else 0.0
-        return AttackRecord(
-            index=int(self.images.ids[position]),
-            label=int(self.images.y[position]),
-            clean_prediction=int(self.prediction[position]),
-            clean_correct=correct,
-            attack=CLEAN,
-            norm=self.settings.norm,
-            eps=0.0,
-            success=not correct,
-            prediction=int(self.prediction[position]),
-            distance_linf=distance,
-            distance_l2=distance,
-            distance_l1=distance,
-            distance_l0=distance,
-            margin=float(self.margin[position]),
-            attempt=-1,
-            iterations=0,
-            forwards=1,
-            backwards=0,
-            first_success_forward=-1 if correct else 1,
-            survives_8bit=False,
-            seed=self.settings.seed,
-            attack_config_hash="",
-        )
+        self.recorder.flush()

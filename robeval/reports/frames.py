@@ -68,7 +68,8 @@ class AttackFacts:
                 seen = set(mine["index"])
                 left = self.clean.index[self.clean["clean_correct"]].difference(pd.Index(sorted(seen)))
                 standing = self.distances().reindex(left) > eps * (1 + REL) + ABS
-                if (self.manifest["settings"]["each"] and len(left)) or bool(standing.any()):
+                every = self.manifest["settings"]["each"] or not self.radii
+                if (every and len(left)) or bool(standing.any()):
                     return False
         return True
 
@@ -130,6 +131,10 @@ class AttackFacts:
         finite = self.distances()
         finite = finite[np.isfinite(finite)]
         return (float(finite.mean()) if len(finite) else math.nan), len(finite)
+
+    def median_distance(self) -> float:
+        """Median over all images; inf where half of them or more have no distance."""
+        return float(self.distances().median())
 
     def cost(self) -> dict[str, Any]:
         """Passes over all records, and seconds over all invocations."""

@@ -38,7 +38,8 @@ class Table:
 
         def plain(cell: Cell) -> Any:
             if isinstance(cell, Rate):
-                return {"k": cell.k, "n": cell.n, "value": cell.value, "interval": list(cell.interval)}
+                value = cell.value if cell.n else None
+                return {"k": cell.k, "n": cell.n, "value": value, "interval": list(cell.interval)}
             return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
         rows = [{c: plain(row.get(c)) for c in self.columns} for row in self.rows]
@@ -47,14 +48,18 @@ class Table:
 
 def _attack_stores(stores: list[RunStore], norm: str | None) -> list[AttackFacts]:
     facts = [AttackFacts(s) for s in stores if s.manifest()["kind"] == "attack"]
-    norms = {f.norm for f in facts}
-    if norm is None and len(norms) > 1:
+    if norm is None:
+        _one_norm({f.norm for f in facts})
+    return [f for f in facts if norm in (None, f.norm)]
+
+
+def _one_norm(norms: set[str]) -> None:
+    if len(norms) > 1:
         raise UsageError(
             f"rows of different threat models cannot share a column: {', '.join(sorted(norms))}",
             code="T01",
             do="choose one with --norm",
         )
-    return [f for f in facts if norm in (None, f.norm)]
 
 
 def _one_name_one_model(stores: list[RunStore]) -> None:
@@ -67,23 +72,54 @@ def _one_name_one_model(stores: list[RunStore]) -> None:
             )
 
 
+def _subject(manifest: dict[str, Any]) -> tuple[str, str, str]:
+    """What a run is about: model, data set and norm. Runs about the same may stand in one row."""
+    return manifest["model"]["fingerprint"], manifest["data"]["name"], manifest["threat"]["norm"]
+
+
+def _mean_radii(store: RunStore) -> dict[str, tuple[str, pd.DataFrame]]:
+    """Per bound of a run: the heading of its mean radius, and its rows by image."""
+    groups = store.frame().groupby("bound", sort=True)
+    return {str(b): (f"{b} ({r['kind'].iloc[0].upper()}) mean", r.set_index("index")) for b, r in groups}
+
+
 def estimates(stores: list[RunStore], facts: AttackFacts) -> dict[str, Cell]:
-    """Mean radius of each estimated bound of the same model, images and norm, and the share that the attacks refute."""
+    """Mean radius of each estimated bound of the same model, images and norm, and the share that the attacks refute.
+
+    Of several runs of one bound, the one over the same images as the attack counts, else the last.
+    """
     cells: dict[str, Cell] = {}
     distance = facts.distances()
-    for store in stores:
-        manifest = store.manifest()
-        same = manifest["model"]["fingerprint"] == facts.manifest["model"]["fingerprint"]
-        if manifest["kind"] != "certify" or not same or manifest["data"]["name"] != facts.manifest["data"]["name"]:
-            continue
-        frame = store.frame()
-        for bound, rows in frame[frame["norm"] == facts.norm].groupby("bound", sort=True):
-            name = f"{bound} ({rows['kind'].iloc[0].upper()}) mean"
+    mine = [
+        s for s in stores if s.manifest()["kind"] == "certify" and _subject(s.manifest()) == _subject(facts.manifest)
+    ]
+    images = facts.manifest["data"]["fingerprint"]
+    for store in sorted(mine, key=lambda s: bool(s.manifest()["data"]["fingerprint"] == images)):
+        for bound, (name, rows) in _mean_radii(store).items():
             cells[name] = float(rows["radius"].mean())
-            both = rows.set_index("index").join(distance.rename("found"), how="inner")
+            both = rows.join(distance.rename("found"), how="inner")
             refuted = both["found"] < both["radius"]
             cells[f"{bound} attacked inside"] = Rate(int(refuted.sum()), len(both))
     return cells
+
+
+def _bounds_table(stores: list[RunStore], norm: str | None) -> Table:
+    """Bounds alone, where nothing was attacked."""
+    mine = [s for s in stores if s.manifest()["kind"] == "certify" and norm in (None, s.manifest()["threat"]["norm"])]
+    if not mine:
+        raise FileRefused("no attack run among these" + (f" in {norm}" if norm else ""), code="R05")
+    _one_norm({s.manifest()["threat"]["norm"] for s in mine})
+    rows: list[dict[str, Cell]] = []
+    notes = []
+    for store in mine:
+        m = store.manifest()
+        row: dict[str, Cell] = {"model": m["model"]["name"]}
+        row |= {name: float(r["radius"].mean()) for name, r in _mean_radii(store).values()}
+        rows.append(row)
+        notes.append(f"{_origin(m, len(store.frame()['index'].unique()))}, {store.folder}")
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    norm = mine[0].manifest()["threat"]["norm"]
+    return Table(f"Bounds in {norm}, mean radius over all images; nothing was attacked", columns, rows, notes)
 
 
 def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
@@ -95,18 +131,19 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
 
     Raises:
         UsageError: several norms, or two models of one name.
-        FileRefused: no attack run.
+        FileRefused: no run in that norm.
     """
+    _one_name_one_model(stores)
     facts = _attack_stores(stores, norm)
     if not facts:
-        raise FileRefused("no attack run among these" + (f" in {norm}" if norm else ""), code="R05")
-    _one_name_one_model(stores)
+        return _bounds_table(stores, norm)
     rows: list[dict[str, Cell]] = []
     columns = ["model", "eps", "clean"]
     notes: list[str] = []
     for f in facts:
+        name = f.manifest["model"]["name"] + ("" if f.complete else " (incomplete)")
         for eps in f.radii:
-            row: dict[str, Cell] = {"model": f.manifest["model"]["name"], "eps": pretty(eps), "clean": f.clean_accuracy}
+            row: dict[str, Cell] = {"model": name, "eps": pretty(eps), "clean": f.clean_accuracy}
             for a in f.per_attack(eps):
                 row[f"{a.label} <="] = a.robust
                 if not a.alone:
@@ -115,13 +152,20 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
             row["worst case <="] = f.worst_case(eps)
             rows.append(row)
         if not f.radii:
-            rows.append({"model": f.manifest["model"]["name"], "eps": "-", "clean": f.clean_accuracy})
+            rows.append({"model": name, "eps": "-", "clean": f.clean_accuracy})
         mean, found = f.mean_distance()
         for row in rows[-max(1, len(f.radii)) :]:
             row["mean distance <="] = mean
             row["found"] = f"{found}/{len(f.clean)}"
             row.update(estimates(stores, f))
         notes.append(provenance(f))
+        if found < len(f.clean):
+            notes.append(f"{name}: the mean distance is over the {found} of {len(f.clean)} images where one was found")
+    alone = {s.manifest()["threat"]["norm"] for s in stores if s.manifest()["kind"] == "certify"} - {
+        f.norm for f in facts
+    }
+    if alone:
+        notes.append(f"bounds in {', '.join(sorted(alone))} are left out: nothing here was attacked in that norm")
     for row in rows:
         columns += [c for c in row if c not in columns]
     last = [c for c in columns if c in ("worst case <=", "mean distance <=", "found") or "mean" in c or "inside" in c]
@@ -152,20 +196,59 @@ def attacks_table(store: RunStore) -> Table:
             )
         rows.append({"eps": pretty(eps), "attack": "worst case", "robust <=": f.worst_case(eps)})
     columns = ["eps", "attack", "robust <=", "attacked", "broken", "first to break", "forwards", "backwards", "as"]
-    return Table(f"{f.manifest['model']['name']}, {f.norm}, clean {f.clean_accuracy}", columns, rows, [provenance(f)])
+    if not f.radii:
+        rows, columns = (
+            _nearest(f),
+            ["attack", "attacked", "broken", "mean distance", "median", "forwards", "backwards"],
+        )
+    title = f"{f.manifest['model']['name']}, {f.norm}, clean {f.clean_accuracy}"
+    (mean, found), median = f.mean_distance(), f.median_distance()
+    distance = (
+        f"empirical distance, misclassified images 0: mean {mean:.4g} over the {found} of {len(f.clean)} images where "
+        f"one was found, median {median:.4g} over all"
+    )
+    return Table(title, columns, rows, [provenance(f), distance])
+
+
+def _nearest(f: AttackFacts) -> list[dict[str, Cell]]:
+    """Rows of a run without radii: what each attack found, over the images that it broke."""
+    rows: list[dict[str, Cell]] = []
+    for label in f.labels:
+        mine = f.ran(label, math.inf)
+        distance = mine.loc[mine["success"], f"distance_{f.norm}"]
+        rows.append(
+            {
+                "attack": label,
+                "attacked": len(mine),
+                "broken": len(distance),
+                "mean distance": float(distance.mean()),
+                "median": float(distance.median()),
+                "forwards": int(mine["forwards"].sum()),
+                "backwards": int(mine["backwards"].sum()),
+            }
+        )
+    return rows
+
+
+def _origin(m: dict[str, Any], seen: int) -> str:
+    """Model, images and seed with their hashes."""
+    return (
+        f"{m['model']['name']}: sha256 {m['model']['fingerprint'][:12]}, "
+        f"{m['data']['name']} {m['data'].get('subset') or 'all images'} "
+        f"(n={seen}, sha256 {m['data']['fingerprint'][:12]}), seed {m['seed']}"
+    )
 
 
 def provenance(f: AttackFacts) -> str:
     """Where the numbers of a run come from."""
     m, cost = f.manifest, f.cost()
     text = (
-        f"{m['model']['name']}: sha256 {m['model']['fingerprint'][:12]}, "
-        f"{m['data']['name']} {m['data']['subset'] or 'all images'} "
-        f"(n={len(f.clean)}, sha256 {m['data']['fingerprint'][:12]}), seed {m['seed']}, "
+        f"{_origin(m, len(f.clean))}, "
         f"{cost['forwards']:,} forward and {cost['backwards']:,} backward passes, {cost['seconds']} s, {f.store.folder}"
     )
     if not f.complete:
-        text += f"; INCOMPLETE: {len(f.clean)} of {f.planned} images seen, the same command goes on"
+        left = "some attacks still have images to see" if len(f.clean) == f.planned else ""
+        text += f"; INCOMPLETE: {left or f'{len(f.clean)} of {f.planned} images seen'}, the same command goes on"
     for eps in f.radii:
         lost = f.not_evaluated(eps)
         if lost:

@@ -15,7 +15,14 @@ from robeval.core.errors import unknown
 from robeval.reports.stats import Rate
 from robeval.reports.tables import Cell, Table, frame_of
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+BREAK = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def one_line(value: str) -> str:
+    """Text without line breaks, control codes and marks that turn the direction of writing."""
+    return CONTROL.sub("", BREAK.sub(" ", value))
 
 
 def text(cell: Cell, digits: int = 4) -> str:
@@ -26,7 +33,7 @@ def text(cell: Cell, digits: int = 4) -> str:
         return f"{cell:.{digits}f}" if math.isfinite(cell) else "-"
     if isinstance(cell, int):
         return f"{cell:,}"
-    return CONTROL.sub("", str(cell))
+    return one_line(str(cell))
 
 
 def terminal(table: Table) -> str:
@@ -36,16 +43,16 @@ def terminal(table: Table) -> str:
     needed = sum(max(len(line[k]) for line in grid) + 2 for k in range(len(table.columns)))
     if needed > width and len(table.rows) <= 4:
         grid = [list(line) for line in zip(*grid, strict=True)]
-    shown = RichTable(title=table.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    shown = RichTable(title=one_line(table.title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for k, heading in enumerate(grid[0]):
-        shown.add_column(CONTROL.sub("", heading), justify="left" if k == 0 else "right", overflow="fold")
+        shown.add_column(one_line(heading), justify="left" if k == 0 else "right", overflow="fold")
     for line in grid[1:]:
         shown.add_row(*line)
     buffer = StringIO()
     console = Console(file=buffer, width=width, highlight=False, markup=False)
     console.print(shown)
     for note in table.notes:
-        console.print(CONTROL.sub("", note), style="dim")
+        console.print(one_line(note), style="dim")
     return buffer.getvalue()
 
 
@@ -53,7 +60,8 @@ def markdown(table: Table) -> str:
     """A Markdown table with the notes below it."""
 
     def escape(value: str) -> str:
-        return value.replace("|", "\\|").replace("<", "&lt;")
+        safe = re.sub(r"([\\`|])", r"\\\1", one_line(value))
+        return safe.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]&#40;")
 
     lines = ["| " + " | ".join(escape(c) for c in table.columns) + " |", "|" + " --- |" * len(table.columns)]
     lines += ["| " + " | ".join(escape(text(row.get(c))) for c in table.columns) + " |" for row in table.rows]
@@ -68,7 +76,7 @@ LATEX = {
 
 def latex_text(value: str) -> str:
     """Any text as LaTeX that prints it and does nothing else."""
-    escaped = "".join(LATEX.get(c, c) for c in CONTROL.sub("", value).replace("\n", " "))
+    escaped = "".join(LATEX.get(c, c) for c in one_line(value))
     return escaped.replace(r"\textless{}=", r"$\leq$")
 
 
@@ -96,14 +104,14 @@ def latex(table: Table, ci: str = "bracket") -> str:
                 if ci == "bracket"
                 else f"{{{value} $\\pm$ {(high - low) / 2:.1f}}}"
             )
-        return text(cell) if isinstance(cell, float) else f"{{{latex_text(text(cell))}}}"
+        number = isinstance(cell, float) and math.isfinite(cell)
+        return text(cell) if number else f"{{{latex_text(text(cell))}}}"
 
     frame = frame_of(table, write)
+    kinds = ["l" if all(c.startswith("{") for c in frame[name]) else "S" for name in frame.columns]
     frame.columns = [f"{{{latex_text(c)}}}" for c in table.columns]
-    body: str = frame.style.hide(axis="index").to_latex(
-        hrules=True, siunitx=True, column_format="S" * len(frame.columns)
-    )
-    notes = "\n".join(f"% {CONTROL.sub('', n)}" for n in [table.title, *table.notes]).replace("\n%", "\n%")
+    body: str = frame.style.hide(axis="index").to_latex(hrules=True, siunitx=True, column_format="".join(kinds))
+    notes = "\n".join(f"% {one_line(n)}" for n in [table.title, *table.notes])
     return f"{notes}\n{body}"
 
 
@@ -111,8 +119,11 @@ def csv(table: Table) -> str:
     """One column per number: a rate becomes value, k, n, low and high. Text that a spreadsheet would run is quoted."""
 
     def guard(cell: Any) -> Any:
-        risky = isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") and len(cell) > 1
-        return f"'{cell}" if risky else cell
+        if not isinstance(cell, str):
+            return cell
+        clean = one_line(cell)
+        risky = (cell.startswith(FORMULA) or clean.lstrip().startswith(FORMULA)) and len(clean) > 1
+        return f"'{clean}" if risky else clean
 
     import pandas as pd
 
@@ -120,7 +131,7 @@ def csv(table: Table) -> str:
     for row in table.rows:
         flat: dict[str, Any] = {}
         for column in table.columns:
-            cell = row.get(column)
+            cell, column = row.get(column), guard(column)
             if isinstance(cell, Rate):
                 low, high = cell.interval
                 flat |= {column: cell.value, f"{column} k": cell.k, f"{column} n": cell.n}

@@ -1,0 +1,121 @@
+"""From outcomes to records, and from records to parts on disk every few seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robeval.core.catalogue import Spec
+from robeval.core.goal import Untargeted
+from robeval.core.images import Images
+from robeval.core.records import CLEAN, AttackRecord
+from robeval.engine.judge import Outcome
+from robeval.store.runstore import RunStore
+
+FLUSH_SECONDS = 5.0
+
+
+@dataclass
+class Recorder:
+    """Writes the records of one shard.
+
+    Args:
+        store: The run.
+        images: The images of the shard; positions count in them.
+        norm: Norm of the threat model.
+        seed: Seed of the run.
+        logits: (N, K), the clean pass.
+    """
+
+    store: RunStore
+    images: Images
+    norm: str
+    seed: int
+    logits: Tensor
+    records: list[AttackRecord] = field(default_factory=list)
+    examples: list[NDArray[np.float32]] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.prediction = self.logits.argmax(1)
+        self.margin = Untargeted(self.images.y).margin(self.logits)
+        self.correct = self.prediction == self.images.y
+
+    def clean(self, position: int) -> None:
+        """Record the clean pass of one image; a misclassified one is decided by it."""
+        correct = bool(self.correct[position])
+        distance = math.inf if correct else 0.0
+        self._add(
+            AttackRecord(
+                index=int(self.images.ids[position]),
+                label=int(self.images.y[position]),
+                clean_prediction=int(self.prediction[position]),
+                clean_correct=correct,
+                attack=CLEAN,
+                norm=self.norm,
+                eps=0.0,
+                success=not correct,
+                prediction=int(self.prediction[position]),
+                distance_linf=distance,
+                distance_l2=distance,
+                distance_l1=distance,
+                distance_l0=distance,
+                margin=float(self.margin[position]),
+                attempt=-1,
+                iterations=0,
+                forwards=1,
+                backwards=0,
+                first_success_forward=-1 if correct else 1,
+                survives_8bit=False,
+                seed=self.seed,
+                attack_config_hash="",
+            )
+        )
+
+    def attacked(self, spec: Spec, radius: float, position: int, outcome: Outcome) -> None:
+        """Record what an attack did to one image, and keep the image that it found."""
+        example = -1
+        if outcome.example is not None:
+            example = len(self.examples)
+            self.examples.append(outcome.example.detach().cpu().float().numpy())
+        self._add(
+            AttackRecord(
+                index=int(self.images.ids[position]),
+                label=int(self.images.y[position]),
+                clean_prediction=int(self.prediction[position]),
+                clean_correct=True,
+                attack=spec.label,
+                norm=self.norm,
+                eps=radius,
+                success=outcome.success,
+                prediction=outcome.prediction,
+                **{f"distance_{norm}": distance for norm, distance in outcome.distances.items()},
+                margin=outcome.margin,
+                attempt=outcome.attempt,
+                iterations=outcome.iterations,
+                forwards=outcome.forwards,
+                backwards=outcome.backwards,
+                first_success_forward=outcome.first_success_forward,
+                survives_8bit=outcome.survives_8bit,
+                seed=self.seed,
+                attack_config_hash=spec.config_hash,
+                error=outcome.error,
+                example=example,
+            )
+        )
+
+    def flush(self) -> None:
+        """Put everything recorded so far on disk."""
+        if self.records:
+            self.store.append(self.records, np.stack(self.examples) if self.examples else None)
+        self.records, self.examples, self.since = [], [], time.monotonic()
+
+    def _add(self, record: AttackRecord) -> None:
+        self.records.append(record)
+        if time.monotonic() - self.since > FLUSH_SECONDS:
+            self.flush()
