@@ -110,6 +110,22 @@ def test_kill_9_and_the_same_command_again(model: Path, whole: pd.DataFrame, tmp
     pd.testing.assert_frame_equal(attack(model, tmp_path), whole, check_exact=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_what_was_decided(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    words = ["attack", str(model), "--attack", "square", "--eps", "1/16", "--images", "30", "-q", "--batch-size", "2"]
+    process = start(*words, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "runs").glob("*/records/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert RunStore.open(folder).sessions()[0]["exit_code"] == 130
+
+
 def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> None:
     words = ("attack", str(model), "--suite", "quick", "--eps", "1/16", "--images", "30", "--json")
     code, out, err = robeval(*words, cwd=tmp_path)

@@ -110,6 +110,20 @@ def test_memory_that_runs_out_halves_the_batch_and_changes_nothing() -> None:
     assert [(o.success, o.margin, o.forwards) for o in outcomes] == [(o.success, o.margin, o.forwards) for o in whole]
 
 
+def test_memory_goes_before_padding() -> None:
+    model, these = network(rows=8)
+
+    def tight(x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise RuntimeError("CUDA out of memory")
+        return model.logits(x)
+
+    backend = Backend(Classifier(tight, model.classes), 64)
+    goal = Untargeted(these.y)
+    torch.testing.assert_close(backend.logits(these.x, goal), model.logits(these.x))
+    assert (backend.capacity, backend.floor) == (2, 2)
+
+
 def test_memory_that_never_suffices() -> None:
     def greedy(x: Tensor) -> Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")

@@ -32,8 +32,7 @@ LOWER = {*ARROWS} - {"robeval.reports"}
 for floor in ("robeval.evaluate", "robeval.certify", "robeval.train"):
     ARROWS[floor] = LOWER
 ARROWS["robeval.interface"] = {*ARROWS}  # robeval from Python, beside the command line
-ARROWS["robeval.interface"] = {*ARROWS}  # the house for Python programs, beside the command line
-ARROWS["robeval.cli"] = {*ARROWS} - {"robeval.interface"}
+ARROWS["robeval.cli"] = {*ARROWS}
 ARROWS["robeval.bootstrap"] = set()
 ARROWS["robeval.__main__"] = {"robeval.cli"}
 #: Method files of these kinds must not lean on each other: an algorithm reads alone. Machinery beside them is shared.

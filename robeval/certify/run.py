@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from robeval.core.images import Images
 from robeval.core.records import Certificate
 from robeval.core.streams import Streams
 from robeval.models.activations import nonsmooth_layers
-from robeval.store.manifest import new_manifest
+from robeval.store.manifest import folder_name, new_manifest
 from robeval.store.runstore import RunStore
 
 if TYPE_CHECKING:
@@ -149,15 +150,18 @@ def certify(
     refuse_nonsmooth(classifier, settings.specs)
     started = time.monotonic()
     images = images.to(classifier.device)
-    store = RunStore.create_or_open(root, manifest_of(classifier, images, settings, argv or []))
+    manifest = manifest_of(classifier, images, settings, argv or [])
     session: dict[str, Any] = {"argv": argv or [], "exit_code": 0, "bounds": {}}
+    first: list[Certificate] = []
+    if not (Path(root) / folder_name(manifest)).exists():
+        # A network that is refused leaves no folder behind.
+        first = _bound(settings.specs[0], classifier, images, settings, session, on_progress)
+    store = RunStore.create_or_open(root, manifest)
     try:
+        store.append(first)
         for spec in settings.specs:
             if not store.done(spec.label) >= set(images.ids.tolist()):
-                before = time.monotonic()
-                records = _bound(spec, classifier, images, settings, on_progress)
-                store.append(records)
-                session["bounds"][spec.label] = {"seconds": round(time.monotonic() - before, 3)}
+                store.append(_bound(spec, classifier, images, settings, session, on_progress))
     except RobevalError as error:
         session["exit_code"] = error.exit_code
         raise
@@ -176,9 +180,15 @@ def certify(
 
 
 def _bound(
-    spec: Spec, classifier: Classifier, images: Images, settings: Settings, on_progress: OnProgress | None
+    spec: Spec,
+    classifier: Classifier,
+    images: Images,
+    settings: Settings,
+    session: dict[str, Any],
+    on_progress: OnProgress | None,
 ) -> list[Certificate]:
-    """All rows of one bound."""
+    """All rows of one bound; the session learns the seconds."""
+    started = time.monotonic()
 
     def rng(ids: list[int], number: int) -> Streams:
         return Streams(settings.seed, ids, spec.method.name, [number] * len(ids), device=images.x.device)
@@ -194,6 +204,7 @@ def _bound(
                 raise MachineError("out of memory with one image in a batch", code="E01", do="--device cpu") from None
             size //= 2  # changes no result beyond rounding
     kind = spec.method.facts["kind"]
+    session["bounds"][spec.label] = {"seconds": round(time.monotonic() - started, 3)}
     return [_certificate(r, spec, kind, settings) for r in readings]
 
 

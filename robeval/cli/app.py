@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -26,6 +27,9 @@ COMMANDS = {
     "list": ("list_", "Look around", "List attacks, suites, bounds, trainers, models or data sets."),
     "demo": ("demo", "Look around", "Train, attack, certify and verify two models on real digits, in two minutes."),
 }
+
+
+STOPPED = "robeval: stopped; what was decided is saved, the same command goes on from there\n"
 
 
 class LazyGroup(TyperGroup):
@@ -82,18 +86,24 @@ def _tell(error: RobevalError) -> None:
     sys.stderr.write(str(error) + "\n")
 
 
+def _stop(number: int, frame: object) -> None:
+    """Leave through the same doors as an error, so that what was decided is saved; a second signal kills at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.stderr.write(STOPPED)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line and leave with the documented exit code."""
     # Waiting threads that spin steal time from the others on a shared machine; torch reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app(prog_name="robeval", standalone_mode=True)
     except RobevalError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("robeval: stopped; what was decided is saved, the same command goes on from there\n")
-        sys.exit(130)
     except Exception as error:
         with open("robeval-error.log", "w", encoding="utf-8") as log:
             log.write(traceback.format_exc())

@@ -126,15 +126,16 @@ def demo_table(stores: list[Any]) -> Any:
     from robeval.reports.tables import Table, estimates, models_table
 
     table: Table = models_table(stores, "linf")
-    drop = [c for c in table.columns if c in ("mean distance <=", "found") or "bound" in c]
+    drop = [c for c in table.columns if c in ("mean distance", "found") or "bound" in c]
     table.columns = [c for c in table.columns if c not in drop]
     for store in stores:
         if store.manifest()["kind"] != "attack" or store.manifest()["threat"]["norm"] != "l2":
             continue
         facts = AttackFacts(store)
-        mean, _ = facts.mean_distance()
+        mean, found = facts.mean_distance()
+        upper = "l2 mean distance" + (" <=" if found == len(facts.clean) else f", {found} found")
         cells = {f"l2 {k}": v for k, v in estimates(stores, facts).items()}
-        cells["l2 mean distance <="] = mean if math.isfinite(mean) else None
+        cells[upper] = mean if math.isfinite(mean) else None
         for row in table.rows:
             if row["model"] == facts.manifest["model"]["name"]:
                 row.update(cells)

@@ -45,10 +45,11 @@ class Backend:
     classifier: Classifier
     capacity: int = 256
     counts: Counts = field(default_factory=Counts)
+    floor: int = FLOOR
 
     def shape(self, rows: int) -> int:
-        """Width of the padded batch for so many rows: a power of two, at least ``FLOOR``, at most the capacity."""
-        return max(rows, min(max(FLOOR, self.capacity), max(FLOOR, 1 << (rows - 1).bit_length())))
+        """Width of the padded batch for so many rows: a power of two, at least ``floor``, at most the capacity."""
+        return max(rows, min(max(self.floor, self.capacity), max(self.floor, 1 << (rows - 1).bit_length())))
 
     def evaluate(self, question: Question, goal: Goal) -> Answer:
         """Answer a question about any number of packed rows.
@@ -67,13 +68,14 @@ class Backend:
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise _told(error) from error
-                if len(rows) == 1 or self.capacity == 1:
+                if self.capacity == 1 and self.floor == 1:
                     raise MachineError(
-                        f"out of memory with {max(FLOOR, len(rows))} images in a batch",
+                        "out of memory with one image in a batch",
                         code="E01",
                         do="use a machine with more memory, or another --device",
                     ) from None
                 self.capacity = max(1, self.capacity // 2)
+                self.floor = min(self.floor, self.capacity)  # memory goes before the last bits of the logits
                 continue
             start += len(rows)
         return parts[0] if len(parts) == 1 else _join(parts)

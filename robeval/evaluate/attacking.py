@@ -151,7 +151,7 @@ class _Evaluation:
             for position, index in enumerate(self.images.ids.tolist())
             if self.recorder.correct[position]
             and (index, spec.label, radius) not in self.known
-            and (self.settings.each or self.distance.get(index, math.inf) > limit)
+            and (self.settings.each or not self.settings.radii or self.distance.get(index, math.inf) > limit)
         ]
         if not rows:
             return

@@ -155,12 +155,12 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
             rows.append({"model": name, "eps": "-", "clean": f.clean_accuracy})
         mean, found = f.mean_distance()
         for row in rows[-max(1, len(f.radii)) :]:
-            row["mean distance <="] = mean
+            row["mean distance"] = mean
             row["found"] = f"{found}/{len(f.clean)}"
             row.update(estimates(stores, f))
-        notes.append(provenance(f))
         if found < len(f.clean):
             notes.append(f"{name}: the mean distance is over the {found} of {len(f.clean)} images where one was found")
+        notes.append(provenance(f))
     alone = {s.manifest()["threat"]["norm"] for s in stores if s.manifest()["kind"] == "certify"} - {
         f.norm for f in facts
     }
@@ -168,7 +168,7 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
         notes.append(f"bounds in {', '.join(sorted(alone))} are left out: nothing here was attacked in that norm")
     for row in rows:
         columns += [c for c in row if c not in columns]
-    last = [c for c in columns if c in ("worst case <=", "mean distance <=", "found") or "mean" in c or "inside" in c]
+    last = [c for c in columns if c in ("worst case <=", "mean distance", "found") or "mean" in c or "inside" in c]
     columns = [c for c in columns if c not in last] + last
     title = f"Robust accuracy in {facts[0].norm}: images that no attack broke, an upper bound"
     return Table(title, columns, rows, notes)

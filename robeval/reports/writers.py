@@ -109,7 +109,7 @@ def latex(table: Table, ci: str = "bracket") -> str:
 
     frame = frame_of(table, write)
     kinds = ["l" if all(c.startswith("{") for c in frame[name]) else "S" for name in frame.columns]
-    frame.columns = [f"{{{latex_text(c)}}}" for c in table.columns]
+    frame.columns = [latex_text(c) for c in table.columns]  # siunitx=True puts headings into braces
     body: str = frame.style.hide(axis="index").to_latex(hrules=True, siunitx=True, column_format="".join(kinds))
     notes = "\n".join(f"% {one_line(n)}" for n in [table.title, *table.notes])
     return f"{notes}\n{body}"

@@ -1,0 +1,160 @@
+"""``robeval certify`` end to end on real digits."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from robeval.cli.app import main
+from robeval.models.build import build
+from robeval.models.checkpoint import save
+from robeval.store.runstore import RunStore
+
+
+def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
+    """Run a command in this process, in a folder. -> exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["robeval", *words])
+        patch.setenv("COLUMNS", "160")
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+def train(path: Path, act: str) -> None:
+    from robeval.data.load import load
+
+    torch.manual_seed(0)
+    arguments = {"act": act, "hidden": 32}
+    net, data = build("mlp", **arguments), load("digits", "train")
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(data)).split(64):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(data.x[rows]), data.y[rows]).backward()
+            optimizer.step()
+    save(
+        path, net, architecture="mlp", arguments=arguments, normalise="none", input_shape=(1, 8, 8),
+        classes=list(data.classes), recipe={}, metrics={},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a smooth and a ReLU network, and one attack run on the smooth one."""
+    folder = tmp_path_factory.mktemp("certify")
+    train(folder / "smooth.pt", "smooth")
+    train(folder / "relu.pt", "relu")
+    code, _, err = robeval(
+        "attack",
+        "smooth.pt",
+        "--attack",
+        "deepfool:steps=20",
+        "--norm",
+        "l2",
+        "--eps",
+        "0.5",
+        "--images",
+        "40",
+        cwd=folder,
+    )
+    assert code == 0, err
+    (run,) = (folder / "runs").iterdir()
+    assert len(RunStore.open(run).done("deepfool:steps=20", math.inf)) > 35
+    return folder
+
+
+TWO = ("--bound", "l-bound", "--bound", "c-bound:tolerance=1e-3", "--norm", "l2", "--images", "40")
+
+
+def test_both_bounds_against_the_attack_records(place: Path) -> None:
+    code, out, err = robeval("certify", "smooth.pt", *TWO, "--json", cwd=place)
+    assert code == 0, err
+    document = json.loads(out)
+    first, second = document["bounds"]
+    assert (first["bound"], second["bound"]) == ("l-bound", "c-bound")
+    for row in (first, second):
+        assert row["kind"] == "estimate"
+        assert row["images"] == 40
+        assert 35 <= row["attacked"] <= row["correct"] <= 40
+        assert 0 < row["broken"] <= row["attacked"]
+        assert 0 < row["mean_radius"] < 1
+        assert row["worst_ratio"] > 0
+        assert row["share"] == pytest.approx(row["falsified"] / row["attacked"])
+        assert row["checked_against"] == row["broken"]
+        assert row["repaired_constant"] >= row["constant"] > 0
+    assert second["passes"] > 24 * 40
+    assert (place / document["folder"] / "manifest.json").is_file()
+
+
+def test_the_screen_says_estimate_and_the_same_command_is_finished(place: Path) -> None:
+    code, out, err = robeval("certify", "smooth.pt", *TWO, cwd=place)
+    assert code == 0, err
+    assert "ESTIMATE l-bound" in out
+    assert "ESTIMATE c-bound" in out
+    assert "certified" not in (out + err).lower()
+    assert "attacked images" in out
+    again, out, _ = robeval("certify", "smooth.pt", *TWO, cwd=place)
+    assert again == 0
+    assert "s, float32, rounding not enclosed" in out or "finished earlier" in out
+    runs = [p for p in (place / "runs").iterdir() if p.name.startswith("certify-")]
+    one = [p for p in runs if len(json.loads((p / "manifest.json").read_text())["methods"]) == 2]
+    assert len(one) == 1
+    assert len(list((one[0] / "records").glob("*.parquet"))) == 2  # nothing was computed twice
+
+
+def test_other_images_do_not_touch_the_run(place: Path) -> None:
+    code, out, _ = robeval("certify", "smooth.pt", "--images", "10", "--runs", "nowhere", "--json", cwd=place)
+    assert code == 0
+    (row,) = json.loads(out)["bounds"]
+    assert (row["images"], row["attacked"], row["share"]) == (10, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("relu.pt", "--bound", "c-bound"), 4, "error[B01] c-bound needs a twice differentiable network; not smooth:"),
+        (("smooth.pt", "--bound", "c-bound", "--norm", "linf"), 2, "error[A06] c-bound has no linf form"),
+        (("smooth.pt", "--bound", "c-bond"), 2, 'error[A04] unknown bound "c-bond"; did you mean c-bound'),
+        (("smooth.pt", "--norm", "l3"), 2, 'error[A04] unknown norm "l3"'),
+        (("smooth.pt", "--bound", "c-bound:tolerence=1"), 2, "did you mean tolerance?"),
+        (("smooth.pt", "--bound", "c-bound:loss=cw"), 4, "error[B01] cw is a maximum over 9 classes"),
+        (("missing.pt",), 3, "error[M01]"),
+    ],
+)
+def test_refusals_are_one_sentence(place: Path, words: tuple[str, ...], code: int, text: str) -> None:
+    before = sorted((place / "runs").rglob("*"))
+    got, out, err = robeval("certify", *words, "--images", "20", cwd=place)
+    assert (got, "Traceback" in err, out) == (code, False, "")
+    assert text in err
+    assert sorted((place / "runs").rglob("*")) == before
+
+
+def test_the_way_out_is_named(place: Path) -> None:
+    _, _, err = robeval("certify", "relu.pt", "--bound", "c-bound", cwd=place)
+    assert "act=smooth" in err
+    assert "l-bound" in err
+    assert "network.2 (ReLU)" in err
+
+
+def test_help_lists_every_bound_and_loads_no_torch(place: Path) -> None:
+    probe = "import sys; sys.argv = ['robeval', 'certify', '--help']\nfrom robeval.cli.app import app\n"
+    probe += "try:\n    app(prog_name='robeval')\nfinally:\n    sys.stderr.write('torch' * ('torch' in sys.modules))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "COLUMNS": "160"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
+    assert done.stderr == ""
+    for text in ("l-bound", "c-bound", "estimate", "tolerance=0.001", "--runs"):
+        assert text in done.stdout
