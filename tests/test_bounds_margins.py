@@ -32,8 +32,9 @@ def radii(readings: list[Reading]) -> Tensor:
 
 def smooth(classes: int = 3, rows: int = 10) -> tuple[Classifier, Images]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), SmoothReLU(), nn.Linear(12, classes)).double()
-    net[3].weight.data *= 20
+    last = nn.Linear(12, classes)
+    last.weight.data *= 20
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), SmoothReLU(), last).double()
     x = torch.rand(rows, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(1))
     model = Classifier(net, classes)
     return model, images(x, model.logits(x).argmax(1), classes)

@@ -106,7 +106,8 @@ def certify(
         print_json({"bounds": [_plain(row) for row in table], "folder": str(store.folder)})
         return
     _show(table)
-    note(f"{store.folder}   " + ("" if attacked else f"next: robeval attack {model} --data {data} --norm {norm}"))
+    after = f"robeval table {out}" if attacked else f"robeval attack {model} --data {data} --norm {norm} --eps EPS"
+    note(f"{store.folder}   next: {after}")
 
 
 def specs_of(names: list[str], norm: str) -> list[catalogue.Spec]:
