@@ -179,3 +179,6 @@ def test_smooth_relu_differentiates_as_autograd_would() -> None:
         for _ in range(order):
             mine, theirs = torch.func.grad(mine), torch.func.grad(theirs)
         torch.testing.assert_close(torch.func.vmap(mine)(x), torch.func.vmap(theirs)(x))
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.hessian(smooth_relu))(x), torch.func.vmap(torch.func.hessian(plain))(x)
+    )

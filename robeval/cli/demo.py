@@ -125,7 +125,8 @@ def demo_table(stores: list[Any]) -> Any:
     from robeval.reports.frames import AttackFacts
     from robeval.reports.tables import Table, estimates, models_table
 
-    table: Table = models_table(stores, "linf")
+    attacked = [s for s in stores if s.manifest()["kind"] == "attack"]
+    table: Table = models_table(attacked, "linf")
     drop = [c for c in table.columns if c in ("mean distance", "found") or "bound" in c]
     table.columns = [c for c in table.columns if c not in drop]
     for store in stores:

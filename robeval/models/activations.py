@@ -40,12 +40,15 @@ class _SmoothReLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
         slope: Tensor = _Slope.apply(x)
         return grad * slope
+
+    jvp = backward  # the derivative of an elementwise function is the same both ways
 
 
 class _Slope(torch.autograd.Function):
@@ -61,6 +64,7 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -68,6 +72,8 @@ class _Slope(torch.autograd.Function):
         t = (x + 0.5).clamp(0, 1)
         bend: Tensor = grad * (6 * t * (1 - t))
         return bend
+
+    jvp = backward
 
 
 class SmoothReLU(nn.Module):
