@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
 from robeval.data.load import load as load_images
 from robeval.data.subset import subset
 from robeval.evaluate.attacking import attack_run
 from robeval.evaluate.settings import Settings
-from robeval.evaluate.suites import attacks as read_attacks
 from robeval.evaluate.suites import suite as read_suite
 from robeval.evaluate.verify import Verification, verify
 from robeval.models.contract import check
@@ -124,7 +124,7 @@ def attack(
     chosen = subset(load_images(data) if isinstance(data, str) else data, images).to(classifier.device)
     check(classifier, chosen)
     radii = sorted({float(e) for e in ([eps] if isinstance(eps, (int, float)) else eps)})
-    specs = read_attacks(list(attacks), norm) if attacks else read_suite(suite, norm)[0]
+    specs = choose("attacks", list(attacks), norm) if attacks else read_suite(suite, norm)[0]
     settings = Settings(specs, norm, radii, seed=seed, each=each, batch_size=batch_size)
     store = attack_run(classifier, chosen, settings, root=str(out))
     result = verify(store, classifier, chosen)

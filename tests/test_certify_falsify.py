@@ -13,7 +13,8 @@ import torch
 
 from robeval.certify.falsify import attack_runs, falsify, hits, nearest, summary
 from robeval.certify.repair import repaired
-from robeval.certify.run import Settings, bounds, certify
+from robeval.certify.run import Settings, certify
+from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
 from robeval.core.records import AttackRecord, Certificate
@@ -117,7 +118,7 @@ def test_the_repaired_constant_contradicts_no_witness(tmp_path: Path, name: str)
         (model.logits(these.x[:1])[0, 1 - int(these.y[0])] - model.logits(these.x[:1]).max()) / slope.norm()
     )
     run = plant(tmp_path, model, these, slope / slope.norm() * distance * 1.01)
-    store = certify(model, these, Settings(bounds([f"{name}:loss=cw"], "l2"), "l2"), root=str(tmp_path))
+    store = certify(model, these, Settings(choose("bounds", [f"{name}:loss=cw"], "l2"), "l2"), root=str(tmp_path))
     method, true = store.manifest()["methods"][0], float(store.frame()["constant"].iloc[0])
     right, seen = repaired(model, these, method, "l2", true, [run])
     assert seen == 1
@@ -130,7 +131,7 @@ def test_the_repaired_constant_contradicts_no_witness(tmp_path: Path, name: str)
 def test_runs_of_other_models_do_not_count(tmp_path: Path) -> None:
     model, these = linear(2)
     plant(tmp_path, model, these, torch.full((1, 1, 4, 4), 0.1, dtype=torch.float64))
-    store = certify(model, these, Settings(bounds(["l-bound"], "l2"), "l2"), root=str(tmp_path))
+    store = certify(model, these, Settings(choose("bounds", ["l-bound"], "l2"), "l2"), root=str(tmp_path))
     manifest = store.manifest()
     assert len(attack_runs(tmp_path, manifest)) == 1
     assert attack_runs(tmp_path, manifest | {"model": {**manifest["model"], "fingerprint": "other"}}) == []
@@ -143,7 +144,7 @@ def test_certificates_are_stored_once_and_summed_up(tmp_path: Path) -> None:
     wrong = these.y.clone()
     wrong[0] = 1 - wrong[0]
     these = Images(these.x, wrong, these.ids, these.name, these.classes)
-    settings = Settings(bounds(["l-bound:loss=cw", "c-bound:loss=cw"], "l2"), "l2")
+    settings = Settings(choose("bounds", ["l-bound:loss=cw", "c-bound:loss=cw"], "l2"), "l2")
     store = certify(model, these, settings, root=str(tmp_path))
     again = certify(model, these, settings, root=str(tmp_path))
     assert again.folder == store.folder

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from robeval.core.catalogue import Spec, parse
+from robeval.core.catalogue import Spec
+from robeval.core.choosing import insist_on_norm
 from robeval.core.classifier import Classifier
-from robeval.core.errors import ContractBroken, MachineError, RobevalError, UsageError
+from robeval.core.errors import ContractBroken, MachineError, RobevalError
 from robeval.core.images import Images
 from robeval.core.records import Certificate
 from robeval.core.streams import Streams
@@ -44,33 +45,6 @@ class Settings:
     norm: str
     seed: int = 0
     batch_size: int = 256
-
-
-def bounds(names: list[str], norm: str) -> list[Spec]:
-    """Read bounds as the user wrote them, each once.
-
-    Raises:
-        UsageError: unknown bound or setting, or a bound that does not exist in this norm.
-    """
-    specs = list({s.label: s for s in (parse("bounds", text) for text in names)}.values())
-    insist_on_norm(specs, norm)
-    return specs
-
-
-def insist_on_norm(specs: list[Spec], norm: str) -> None:
-    """Refuse a bound that does not exist in this norm.
-
-    Raises:
-        UsageError: with the norms that it has.
-    """
-    for s in specs:
-        norms = s.method.facts["norms"]
-        if norm not in norms:
-            raise UsageError(
-                f"{s.method.name} has no {norm} form",
-                code="A06",
-                do=f"its norms: {', '.join(norms)}; choose with --norm",
-            )
 
 
 def refuse_nonsmooth(classifier: Classifier, specs: list[Spec]) -> None:

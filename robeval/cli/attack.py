@@ -155,6 +155,7 @@ def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str 
     import re
 
     from robeval.core.ball import NORMS
+    from robeval.core.choosing import choose
     from robeval.core.errors import unknown
     from robeval.core.numbers import radii
     from robeval.evaluate import suites
@@ -165,7 +166,7 @@ def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str 
     if suite and names:
         raise UsageError("give --suite or --attack, not both", code="A04")
     if names:
-        specs = suites.attacks(names, norm)
+        specs = choose("attacks", names, norm)
     else:
         specs, left_out = suites.suite(suite or "quick", norm)
         if left_out:

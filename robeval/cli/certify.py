@@ -116,13 +116,13 @@ def specs_of(names: list[str], norm: str) -> list[catalogue.Spec]:
     Raises:
         UsageError: unknown bound, setting or norm, or a bound without this norm.
     """
-    from robeval.certify.run import bounds
     from robeval.core.ball import NORMS
+    from robeval.core.choosing import choose
     from robeval.core.errors import unknown
 
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
-    return bounds(names, norm)
+    return choose("bounds", names, norm)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -80,14 +80,15 @@ def _load(file: Path) -> tuple[Any, Any]:
 
 def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     """The quick suite in linf at 2/16 on every image, and the nearest adversarial images in l2."""
+    from robeval.core.choosing import choose
     from robeval.evaluate.attacking import attack_run
     from robeval.evaluate.settings import Settings
-    from robeval.evaluate.suites import attacks, suite
+    from robeval.evaluate.suites import suite
 
     classifier, images = _load(file)
     runs = [
         Settings(suite("quick", "linf")[0], "linf", [EPS], each=True),
-        Settings(attacks(["deepfool"], "l2"), "l2", [], each=True),
+        Settings(choose("attacks", ["deepfool"], "l2"), "l2", [], each=True),
     ]
     return [
         attack_run(classifier, images, s, root=str(folder / "runs"), argv=sys.argv[1:], on_progress=on_progress)
@@ -97,10 +98,11 @@ def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
 
 def _certify(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     """Both estimates in l2."""
-    from robeval.certify.run import Settings, bounds, certify
+    from robeval.certify.run import Settings, certify
+    from robeval.core.choosing import choose
 
     classifier, images = _load(file)
-    settings = Settings(bounds(["l-bound", "c-bound"], "l2"), "l2")
+    settings = Settings(choose("bounds", ["l-bound", "c-bound"], "l2"), "l2")
     return [
         certify(classifier, images, settings, root=str(folder / "runs"), argv=sys.argv[1:], on_progress=on_progress)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robeval.core.catalogue import Spec, parse
-from robeval.core.errors import UsageError, unknown
+from robeval.core.errors import unknown
 
 #: Attacks of each suite in order. Those that do not exist in the norm asked for are left out, and the run says so.
 SUITES: dict[str, tuple[str, ...]] = {
@@ -29,21 +29,3 @@ def suite(name: str, norm: str) -> tuple[list[Spec], list[str]]:
     return [s for s in specs if norm in s.method.facts["norms"]], [
         s.label for s in specs if norm not in s.method.facts["norms"]
     ]
-
-
-def attacks(names: list[str], norm: str) -> list[Spec]:
-    """Read attacks as the user wrote them, each once.
-
-    Raises:
-        UsageError: unknown attack or setting, or an attack that does not exist in this norm.
-    """
-    specs = {s.label: s for s in (parse("attacks", text) for text in names)}
-    for s in specs.values():
-        norms = s.method.facts["norms"]
-        if norm not in norms:
-            raise UsageError(
-                f"{s.method.name} has no {norm} form",
-                code="A06",
-                do=f"its norms: {', '.join(norms)}; choose with --norm",
-            )
-    return list(specs.values())

@@ -14,6 +14,7 @@ from torch import nn
 
 from robeval.core import catalogue
 from robeval.core.ball import NORMS, Ball
+from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.errors import UsageError
 from robeval.core.goal import Untargeted
@@ -21,7 +22,6 @@ from robeval.core.questions import Gradient, Logits
 from robeval.core.streams import Streams
 from robeval.engine import cohort
 from robeval.engine.judge import Judge, Outcome
-from robeval.evaluate.suites import attacks as read_attacks
 from tests.problems import attack, attack_cases, exact_distance, images, linear, network, quick
 
 CASES = attack_cases()
@@ -159,7 +159,7 @@ def test_law_8_zero_gradients_do_not_crash(name: str, norm: str, kind: str) -> N
 def test_law_9_undeclared_norms_are_refused(name: str) -> None:
     for norm in set(NORMS) - set(catalogue.find("attacks", name).facts["norms"]):
         with pytest.raises(UsageError, match=f"{name} has no {norm} form"):
-            read_attacks([name], norm)
+            choose("attacks", [name], norm)
 
 
 def test_law_10_every_attack_and_setting_is_in_the_help() -> None:

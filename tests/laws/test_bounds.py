@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from robeval.bounds.expansion import Reading
-from robeval.certify.run import bounds as read_bounds
 from robeval.core import catalogue
 from robeval.core.ball import NORMS
+from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.errors import UsageError
 from robeval.core.images import Images
@@ -100,7 +100,7 @@ def test_law_3_order_and_batches_do_not_matter(name: str, norm: str) -> None:
 def test_law_4_undeclared_norms_are_refused(name: str) -> None:
     for norm in set(NORMS) - set(BOUNDS[name].facts["norms"]):
         with pytest.raises(UsageError, match=f"{name} has no {norm} form"):
-            read_bounds([name], norm)
+            choose("bounds", [name], norm)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
