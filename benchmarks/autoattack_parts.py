@@ -29,7 +29,7 @@ from robeval.engine.run import Plan, run
 from robeval.models.load import load as load_model
 
 
-def ours(name: str, model: Counting, images: Images, eps: float, settings: dict[str, Any]) -> set[int]:
+def ours(name: str, model: Counting, images: Images, eps: float, settings: dict[str, Any], seed: int) -> set[int]:
     """Ids that our attack breaks."""
     method = catalogue.find("attacks", name)
     plan = Plan(
@@ -38,26 +38,26 @@ def ours(name: str, model: Counting, images: Images, eps: float, settings: dict[
         black_box=method.facts.get("access") == "black-box",
     )
     backend = Backend(Classifier(model, len(images.classes)), 256)
-    outcomes = run(plan, images, Untargeted(images.y), Ball("linf", eps), backend)
+    outcomes = run(plan, images, Untargeted(images.y), Ball("linf", eps), backend, seed=seed)
     return {int(images.ids[o.position]) for o in outcomes if o.success}
 
 
-def theirs(name: str, model: Counting, images: Images, eps: float, settings: dict[str, Any]) -> set[int]:
+def theirs(name: str, model: Counting, images: Images, eps: float, settings: dict[str, Any], seed: int) -> set[int]:
     """Ids that the reference's attack breaks, by its own last look at the images that it returns."""
     from pyautoattack.autopgd_base import APGDAttack
     from pyautoattack.square import SquareAttack
 
     if name == "apgd-ce":
         attack = APGDAttack(
-            model, n_restarts=1, n_iter=settings["steps"], verbose=False, eps=eps, norm="Linf", eot_iter=1, rho=0.75,
-            seed=0, device="cpu", logger=logging.getLogger("reference"),
+            model, n_restarts=1, n_iter=settings["steps"], verbose=False, eps=eps, norm="Linf", eot_iter=1,
+            rho=0.75, seed=seed, device="cpu", logger=logging.getLogger("reference"),
         )  # fmt: skip
         attack.loss = "ce"
         adversarial = attack.perturb(images.x, images.y)
     else:
         square = SquareAttack(
-            model, p_init=0.8, n_queries=settings["queries"], eps=eps, norm="Linf", n_restarts=1, seed=0, verbose=False,
-            device="cpu", resc_schedule=False,
+            model, p_init=0.8, n_queries=settings["queries"], eps=eps, norm="Linf", n_restarts=1, seed=seed,
+            verbose=False, device="cpu", resc_schedule=False,
         )  # fmt: skip
         adversarial = square.perturb(images.x, images.y)
     with torch.no_grad():
@@ -73,6 +73,8 @@ def main() -> None:
     arguments.add_argument("--images", default="300")
     arguments.add_argument("--steps", type=int, default=100)
     arguments.add_argument("--queries", type=int, default=5000)
+    arguments.add_argument("--attack", choices=("apgd-ce", "square"), help="one of the two; both by default")
+    arguments.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds")
     arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
@@ -83,23 +85,35 @@ def main() -> None:
         images = images[classifier.logits(images.x).argmax(1) == images.y]
     assert isinstance(classifier.module, torch.nn.Module)
     model = Counting(classifier.module)
-    case = {"case": "autoattack_parts", "model": Path(options.model).name, "data": images.name, "eps": options.eps}
+    case: dict[str, Any] = {
+        "case": "autoattack_parts",
+        "model": Path(options.model).name,
+        "data": images.name,
+        "eps": options.eps,
+    }
     line(options.out, **case, correct=len(images), machine=machine())
-    for name, settings in (("apgd-ce", {"steps": options.steps}), ("square", {"queries": options.queries})):
-        broken = {}
-        for tool, function in (("robeval", ours), ("pyautoattack", theirs)):
-            model.reset()
-            with Timed() as time:
-                broken[tool] = function(name, model, images, eps, settings)
+    budgets = {"apgd-ce": {"steps": options.steps}, "square": {"queries": options.queries}}
+    for name in [options.attack] if options.attack else budgets:
+        differences = []
+        for seed in range(options.seeds):
+            case |= {"attack": name, "seed": seed}
+            broken = {}
+            for tool, function in (("robeval", ours), ("pyautoattack", theirs)):
+                model.reset()
+                with Timed() as time:
+                    broken[tool] = function(name, model, images, eps, budgets[name], seed)
+                line(
+                    options.out, **case, tool=tool, **budgets[name], broken=len(broken[tool]), **model.counts(),
+                    cpu_s=time.cpu, wall_s=time.wall,
+                )  # fmt: skip
+            mine, reference = broken["robeval"], broken["pyautoattack"]
+            differences.append(len(mine) - len(reference))
             line(
-                options.out, **case, attack=name, tool=tool, **settings, broken=len(broken[tool]), **model.counts(),
-                cpu_s=time.cpu, wall_s=time.wall,
+                options.out, **case, difference=differences[-1], only_robeval=sorted(mine - reference),
+                only_pyautoattack=sorted(reference - mine),
             )  # fmt: skip
-        mine, reference = broken["robeval"], broken["pyautoattack"]
-        line(
-            options.out, **case, attack=name, difference=len(mine) - len(reference),
-            only_robeval=sorted(mine - reference), only_pyautoattack=sorted(reference - mine),
-        )  # fmt: skip
+        case.pop("seed")
+        line(options.out, **case, seeds=options.seeds, mean_difference=sum(differences) / len(differences))
 
 
 if __name__ == "__main__":
