@@ -56,6 +56,16 @@ def test_reported_passes_are_the_passes_of_the_model() -> None:
     assert set(counting.widths) == {16}
 
 
+def test_batches_have_few_shapes_and_little_padding() -> None:
+    backend = Backend(network(rows=2)[0], 256)
+    shapes = {backend.shape(n) for n in range(1, 257)}
+    assert len(shapes) == 16
+    assert max(shapes) == 256
+    assert all(backend.shape(n) >= n for n in range(1, 257))
+    assert backend.shape(193) == 208
+    assert {Backend(backend.classifier, 7).shape(n) for n in range(1, 8)} == {16}
+
+
 def test_decided_images_cost_nothing_more() -> None:
     model, these = linear(2, rows=30)
     broken = [o for o in attack("pgd", model, these, "linf", 0.3, steps=50, restarts=20) if o.success]

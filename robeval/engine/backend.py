@@ -48,8 +48,9 @@ class Backend:
     floor: int = FLOOR
 
     def shape(self, rows: int) -> int:
-        """Width of the padded batch for so many rows: a power of two, at least ``floor``, at most the capacity."""
-        return max(rows, min(max(self.floor, self.capacity), max(self.floor, 1 << (rows - 1).bit_length())))
+        """Width of the padded batch for so many rows: one of at most sixteen, the widest being the capacity."""
+        step = max(self.floor, self.capacity // 16)
+        return max(rows, min(max(self.floor, self.capacity), -(-rows // step) * step))
 
     def evaluate(self, question: Question, goal: Goal) -> Answer:
         """Answer a question about any number of packed rows.
