@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,3 +106,23 @@ def attack(
 def attack_cases() -> list[tuple[str, str]]:
     """Every attack in the folder with every norm that it declares."""
     return [(name, norm) for name, m in catalogue.methods("attacks").items() for norm in m.facts["norms"]]
+
+
+def trained(path: Path, architecture: str, **arguments: Any) -> Path:
+    """A model file trained on digits for a second or two."""
+    from robeval.data.load import load
+    from robeval.models.build import build
+    from robeval.models.checkpoint import save
+
+    torch.manual_seed(0)
+    net, train = build(architecture, **arguments), load("digits", "train")
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(8):
+        for rows in torch.randperm(len(train)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(train.x[rows]), train.y[rows]).backward()
+            optimizer.step()
+    return save(
+        path, net, architecture=architecture, arguments=arguments, normalise="none", input_shape=(1, 8, 8),
+        classes=list(train.classes), recipe={}, metrics={},
+    )  # fmt: skip

@@ -12,12 +12,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
 from robeval.cli.app import main
-from robeval.models.build import build
-from robeval.models.checkpoint import save
 from robeval.store.runstore import RunStore
+from tests.problems import trained
 
 
 def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
@@ -35,21 +33,7 @@ def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
 
 
 def train(path: Path, act: str) -> None:
-    from robeval.data.load import load
-
-    torch.manual_seed(0)
-    arguments = {"act": act, "hidden": 32}
-    net, data = build("mlp", **arguments), load("digits", "train")
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(8):
-        for rows in torch.randperm(len(data)).split(64):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(net(data.x[rows]), data.y[rows]).backward()
-            optimizer.step()
-    save(
-        path, net, architecture="mlp", arguments=arguments, normalise="none", input_shape=(1, 8, 8),
-        classes=list(data.classes), recipe={}, metrics={},
-    )  # fmt: skip
+    trained(path, "mlp", act=act, hidden=32)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch
 from robeval.models.build import build
 from robeval.models.checkpoint import save
 from robeval.store.runstore import RunStore
+from tests.problems import trained
 
 COMPARED = [
     "index", "label", "clean_prediction", "attack", "eps", "success", "prediction", "distance_linf", "distance_l2",
@@ -43,22 +44,7 @@ def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A digits model trained for a few seconds, in a folder of its own."""
-    from robeval.data.load import load
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    net, train = build("digits_cnn"), load("digits", "train")
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(8):
-        for rows in torch.randperm(len(train)).split(64):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(net(train.x[rows]), train.y[rows]).backward()
-            optimizer.step()
-    save(
-        folder / "m.pt", net, architecture="digits_cnn", arguments={}, normalise="none", input_shape=(1, 8, 8),
-        classes=list(train.classes), recipe={}, metrics={},
-    )  # fmt: skip
-    return folder / "m.pt"
+    return trained(tmp_path_factory.mktemp("model") / "m.pt", "digits_cnn")
 
 
 def rows(folder: Path) -> pd.DataFrame:
@@ -123,7 +109,7 @@ def test_a_stop_saves_what_was_decided(model: Path, tmp_path: Path, number: sign
     assert "the same command goes on" in err
     assert "Traceback" not in err
     (folder,) = (tmp_path / "runs").iterdir()
-    assert RunStore.open(folder).sessions()[0]["exit_code"] == 130
+    assert RunStore.open(folder).sessions()[0]["exit_code"] == 128 + number
 
 
 def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> None:

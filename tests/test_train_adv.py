@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robeval.core.ball import Ball
+from robeval.core.classifier import fixed_parameters
 from robeval.core.streams import Streams
 from robeval.train.gradients import exact_hvp, fd_hvp, input_grad
 from robeval.train.methods.adv import adv
-from robeval.train.modes import bn_mode, fixed_parameters
+from robeval.train.modes import bn_mode
 from robeval.train.passes import counting
 from robeval.train.starts import L2_STARTS, starting
 from robeval.train.step import fill_gradients

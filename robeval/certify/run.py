@@ -14,15 +14,16 @@ import torch
 from torch import nn
 
 from robeval.core.catalogue import Spec
-from robeval.core.choosing import insist_on_norm
+from robeval.core.choosing import facts, insist_on_norm
 from robeval.core.classifier import Classifier
-from robeval.core.errors import ContractBroken, MachineError, RobevalError
+from robeval.core.errors import ContractBroken, MachineError
 from robeval.core.images import Images
 from robeval.core.records import Certificate
 from robeval.core.streams import Streams
 from robeval.models.activations import nonsmooth_layers
 from robeval.store.manifest import folder_name, new_manifest
 from robeval.store.runstore import RunStore
+from robeval.store.session import session
 
 if TYPE_CHECKING:
     from robeval.bounds.expansion import Reading
@@ -71,16 +72,7 @@ def refuse_nonsmooth(classifier: Classifier, specs: list[Spec]) -> None:
 def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv: list[str]) -> dict[str, Any]:
     """The manifest of a certify run; its identity decides whether a command resumes it."""
     methods = [
-        {
-            "label": s.label,
-            "name": s.method.name,
-            "settings": s.settings,
-            "hash": s.config_hash,
-            "source": s.method.facts["source"],
-            "kind": s.method.facts["kind"],
-            "order": s.method.facts.get("order"),
-        }
-        for s in settings.specs
+        facts(s) | {"kind": s.method.facts["kind"], "order": s.method.facts.get("order")} for s in settings.specs
     ]
     return new_manifest(
         "certify",
@@ -125,31 +117,23 @@ def certify(
     started = time.monotonic()
     images = images.to(classifier.device)
     manifest = manifest_of(classifier, images, settings, argv or [])
-    session: dict[str, Any] = {"argv": argv or [], "exit_code": 0, "bounds": {}}
+    seconds: dict[str, Any] = {}
     first: list[Certificate] = []
     if not (Path(root) / folder_name(manifest)).exists():
         # A network that is refused leaves no folder behind.
-        first = _bound(settings.specs[0], classifier, images, settings, session, on_progress)
+        first = _bound(settings.specs[0], classifier, images, settings, seconds, on_progress)
     store = RunStore.create_or_open(root, manifest)
-    try:
-        store.append(first)
-        for spec in settings.specs:
-            if not store.done(spec.label) >= set(images.ids.tolist()):
-                store.append(_bound(spec, classifier, images, settings, session, on_progress))
-    except RobevalError as error:
-        session["exit_code"] = error.exit_code
-        raise
-    except BaseException:
-        session["exit_code"] = 130
-        raise
-    finally:
-        session |= {
-            "seconds": round(time.monotonic() - started, 3),
+    with session(store, argv, started) as notes:
+        notes |= {
+            "bounds": seconds,
             "batch_size": settings.batch_size,
             "device": str(classifier.device),
             "threads": torch.get_num_threads(),
         }
-        store.close(session)
+        store.append(first)
+        for spec in settings.specs:
+            if not store.done(spec.label) >= set(images.ids.tolist()):
+                store.append(_bound(spec, classifier, images, settings, seconds, on_progress))
     return store
 
 
@@ -158,10 +142,10 @@ def _bound(
     classifier: Classifier,
     images: Images,
     settings: Settings,
-    session: dict[str, Any],
+    seconds: dict[str, Any],
     on_progress: OnProgress | None,
 ) -> list[Certificate]:
-    """All rows of one bound; the session learns the seconds."""
+    """All rows of one bound; ``seconds`` learns how long it took."""
     started = time.monotonic()
 
     def rng(ids: list[int], number: int) -> Streams:
@@ -178,7 +162,7 @@ def _bound(
                 raise MachineError("out of memory with one image in a batch", code="E01", do="--device cpu") from None
             size //= 2  # changes no result beyond rounding
     kind = spec.method.facts["kind"]
-    session["bounds"][spec.label] = {"seconds": round(time.monotonic() - started, 3)}
+    seconds[spec.label] = {"seconds": round(time.monotonic() - started, 3)}
     return [_certificate(r, spec, kind, settings) for r in readings]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from robeval.core.catalogue import Spec, parse
 from robeval.core.errors import UsageError
 
@@ -31,3 +33,14 @@ def insist_on_norm(specs: list[Spec], norm: str) -> None:
                 code="A06",
                 do=f"its norms: {', '.join(norms)}; choose with --norm",
             )
+
+
+def facts(spec: Spec) -> dict[str, Any]:
+    """What every manifest says of a method."""
+    return {
+        "label": spec.label,
+        "name": spec.method.name,
+        "settings": spec.settings,
+        "hash": spec.config_hash,
+        "source": spec.method.facts["source"],
+    }

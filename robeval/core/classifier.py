@@ -23,20 +23,29 @@ def weights_fingerprint(state: Mapping[str, Tensor], description: str = "") -> s
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every flag is put back as it was, module by module."""
-    modes = [(m, m.training) for m in module.modules()]
+def fixed_parameters(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients inside, so that attacks store less."""
     flags = [(p, p.requires_grad) for p in module.parameters()]
-    module.eval()
     for p, _ in flags:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for m, mode in modes:
-            m.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; every flag is put back as it was, module by module."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with fixed_parameters(module):
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
 
 
 @dataclass

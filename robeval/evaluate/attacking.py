@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from robeval.core.ball import ABS, REL, Ball
 from robeval.core.catalogue import Spec
 from robeval.core.classifier import Classifier
-from robeval.core.errors import ContractBroken, RobevalError, UsageError
+from robeval.core.errors import ContractBroken, UsageError
 from robeval.core.goal import Untargeted
 from robeval.core.images import Images
 from robeval.core.records import CLEAN
@@ -22,6 +21,7 @@ from robeval.engine.run import run
 from robeval.evaluate.recording import Recorder
 from robeval.evaluate.settings import Settings, manifest_of, plan, searches_nearest
 from robeval.store.runstore import RunStore
+from robeval.store.session import session
 
 OnProgress = Callable[[int, int, str], None]
 
@@ -80,29 +80,21 @@ def attack_run(
     z = clean_pass(backend, mine)
     store = RunStore.create_or_open(root, manifest, settings.shard.replace("/", "of"))
     recorder = Recorder(store, mine, settings.norm, settings.seed, z)
-    session: dict[str, Any] = {"argv": argv or [], "exit_code": 0}
-    try:
-        _Evaluation(mine, settings, backend, recorder, on_progress).run()
-    except RobevalError as error:
-        session["exit_code"] = error.exit_code
-        raise
-    except BaseException:
-        session["exit_code"] = 130
-        raise
-    finally:
-        recorder.flush()
-        counts = backend.counts
-        session |= {
-            "seconds": round(time.monotonic() - started, 3),
-            "forwards": counts.forwards,
-            "backwards": counts.backwards,
-            "calls": counts.calls,
-            "fill": round(counts.fill, 4),
-            "batch_size": backend.capacity,
-            "device": str(classifier.device),
-            "threads": torch.get_num_threads(),
-        }
-        store.close(session)
+    with session(store, argv, started) as notes:
+        try:
+            _Evaluation(mine, settings, backend, recorder, on_progress).run()
+        finally:
+            recorder.flush()
+            counts = backend.counts
+            notes |= {
+                "forwards": counts.forwards,
+                "backwards": counts.backwards,
+                "calls": counts.calls,
+                "fill": round(counts.fill, 4),
+                "batch_size": backend.capacity,
+                "device": str(classifier.device),
+                "threads": torch.get_num_threads(),
+            }
     return store
 
 

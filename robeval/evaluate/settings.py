@@ -8,6 +8,7 @@ from typing import Any
 
 from robeval.core.ball import ABS, REL
 from robeval.core.catalogue import Spec
+from robeval.core.choosing import facts
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
 from robeval.engine.run import Plan
@@ -39,10 +40,10 @@ class Settings:
 
 def plan(spec: Spec) -> Plan:
     """The engine's plan for a catalogued attack."""
-    facts = spec.method.facts
-    attempts = int(spec.settings.get(facts.get("attempts", ""), 1))
+    about = spec.method.facts
+    attempts = int(spec.settings.get(about.get("attempts", ""), 1))
     start = partial(spec.method.load(), **spec.settings)
-    return Plan(spec.method.name, start, attempts, facts.get("access") == "black-box")
+    return Plan(spec.method.name, start, attempts, about.get("access") == "black-box")
 
 
 def searches_nearest(spec: Spec) -> bool:
@@ -52,17 +53,7 @@ def searches_nearest(spec: Spec) -> bool:
 
 def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv: list[str]) -> dict[str, Any]:
     """The manifest of an attack run; its identity is what decides whether a command resumes it."""
-    methods = [
-        {
-            "label": s.label,
-            "name": s.method.name,
-            "settings": s.settings,
-            "hash": s.config_hash,
-            "source": s.method.facts["source"],
-            "search": "minimal" if searches_nearest(s) else "fixed",
-        }
-        for s in settings.specs
-    ]
+    methods = [facts(s) | {"search": "minimal" if searches_nearest(s) else "fixed"} for s in settings.specs]
     return new_manifest(
         "attack",
         model=classifier.facts(),

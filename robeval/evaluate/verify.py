@@ -71,12 +71,12 @@ def verify(
     """
     manifest = store.manifest()
     for what, had, has in (
-        ("model", manifest["model"]["fingerprint"], classifier.fingerprint),
-        ("images", manifest["data"]["fingerprint"], images.fingerprint),
+        ("this model is", manifest["model"]["fingerprint"], classifier.fingerprint),
+        ("these images are", manifest["data"]["fingerprint"], images.fingerprint),
     ):
         if had != has:
             raise ContractBroken(
-                f"the {what} differ from those of the run",
+                f"{what} not the run's",
                 code="M06",
                 where=f"sha256 {has[:12]}, the run has {had[:12]}",
             )

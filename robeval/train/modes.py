@@ -49,19 +49,6 @@ def bn_mode(module: nn.Module, mode: BnMode) -> Iterator[None]:
 
 
 @contextmanager
-def fixed_parameters(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients inside, so that attacks store less."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-
-
-@contextmanager
 def fp32_exact() -> Iterator[None]:
     """Full float32 inside: no autocast, no TF32. Finite differences vanish in less."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

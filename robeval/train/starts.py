@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from robeval.attacks.pgd import pgd
 from robeval.core.ball import Ball, per_row, vector_norm
+from robeval.core.classifier import fixed_parameters
 from robeval.core.goal import Untargeted
 from robeval.core.streams import Streams
 from robeval.engine.drive import drive
-from robeval.train.modes import bn_mode, fixed_parameters
+from robeval.train.modes import bn_mode
 
 
 def l2_ball(ball: Ball, x0: Tensor, rng: Streams) -> Tensor:

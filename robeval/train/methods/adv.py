@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from robeval.attacks.pgd import pgd
 from robeval.core.ball import Ball
 from robeval.core.catalogue import trainer
+from robeval.core.classifier import fixed_parameters
 from robeval.core.goal import Untargeted
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
 from robeval.engine.drive import drive
-from robeval.train.modes import bn_mode, fixed_parameters
+from robeval.train.modes import bn_mode
 from robeval.train.starts import starting
 from robeval.train.step import Loss, accuracy
 
