@@ -83,7 +83,7 @@ def test_places_of_decided_images_are_filled_again() -> None:
 
 def test_waves() -> None:
     assert waves(1, at_once=False) == [[0]]
-    assert [len(w) for w in waves(50, at_once=False)] == [1, 2, 4, 8, 16, 16, 3]
+    assert [len(w) for w in waves(50, at_once=False)] == [1, 8, 16, 16, 9]
     assert sum(waves(50, at_once=False), []) == list(range(50))
     assert waves(5, at_once=True) == [[0, 1, 2, 3, 4]]
 

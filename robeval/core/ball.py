@@ -52,6 +52,28 @@ def project_l1(d: Tensor, radius: float) -> Tensor:
     return (flat.sign() * (flat.abs() - shift).clamp_min(0)).view_as(d)
 
 
+def project_l1_in_box(x0: Tensor, d: Tensor, radius: float | Tensor) -> Tensor:
+    """Nearest change to ``d`` of l1 norm at most ``radius`` that keeps ``x0`` in the box. (n, ...) -> (n, ...).
+
+    Exact for the intersection of ball and box (Croce and Hein 2021, Mind the box, arXiv:2103.01208, proposition 2.1):
+    each entry shrinks by a common amount and stops at the box. The amount is where a decreasing piecewise linear
+    function, with a corner where an entry leaves the box and one where it reaches zero, equals the radius.
+    """
+    change, start = d.flatten(1), x0.flatten(1)
+    size, room = change.abs(), torch.where(change > 0, 1 - start, start)
+    least = torch.minimum(size, room)  # the change once the box has cut it
+    corners, which = torch.cat([(size - room).clamp_min(0), size], 1).sort(1)
+    slope = torch.where(which < size.shape[1], -1.0, 1.0).to(d.dtype).cumsum(1)  # to the right of each corner
+    fall = (slope[:, :-1] * corners.diff(dim=1)).cumsum(1, dtype=torch.float64)
+    height = least.sum(1, keepdim=True) + torch.cat([torch.zeros_like(fall[:, :1]), fall], 1)  # at each corner
+    k = (height > radius).sum(1, keepdim=True).clamp_min(1) - 1  # the last corner above the radius
+    shrink = (corners.gather(1, k) + (height.gather(1, k) - radius) / -slope.gather(1, k).clamp(max=-1)).to(d.dtype)
+    shrunk = torch.minimum((size - shrink.clamp_min(0)).clamp_min(0), room)
+    shrunk = shrunk * (radius / shrunk.sum(1, keepdim=True).clamp_min(radius))  # what rounding left over
+    outside = least.sum(1, keepdim=True) > radius
+    return (change.sign() * torch.where(outside, shrunk, least)).view_as(d)
+
+
 @dataclass
 class Ball:
     """All points within ``eps`` of an image in a norm, intersected with the pixel box [0, 1].
@@ -119,9 +141,10 @@ class Ball:
         return ends
 
     def project(self, x0: Tensor, x: Tensor) -> Tensor:
-        """Bring ``x`` into the ball around ``x0``, then into the box. Shapes: (n, ...) -> (n, ...).
+        """Bring ``x`` into the ball around ``x0`` and the box. Shapes: (n, ...) -> (n, ...).
 
-        The box can only shrink the distance, because ``x0`` lies inside it.
+        linf and l1 give the nearest point. In l2 the ball comes first and the box second, which can only shrink the
+        distance, because ``x0`` lies in the box.
         """
         low, high = self.limits(x0)
         if self.norm == "linf" or not math.isfinite(self.eps):
@@ -132,7 +155,7 @@ class Ball:
             length = per_row(vector_norm(d, "l2"), d)
             d = d * (radius / length.clamp_min(max(radius, torch.finfo(d.dtype).tiny)))
         else:
-            d = torch.where(per_row(vector_norm(d, "l1"), d) > radius, project_l1(d, radius), d)
+            d = project_l1_in_box(x0, d, radius)
         return (x0 + d).clamp(0, 1)
 
     def sample(self, x0: Tensor, rng: Any) -> Tensor:

@@ -16,14 +16,15 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from robeval.core import settings as written
 from robeval.core.errors import FileRefused, UsageError, unknown
-from robeval.core.numbers import number
+from robeval.core.settings import Setting
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +42,7 @@ bound = _marks("Mark a bound. Facts: source, norms, kind (estimate, proof, proba
 trainer = _marks("Mark a trainer. Facts: source, norms, aliases.")
 architecture = _marks("Mark a function that builds a network. Facts: source.")
 dataset = _marks("Mark a function that loads a data set. Facts: source.")
+reference = _marks("Mark another package's attacks. Facts: source, norms, search, needs, word, by_word.")
 
 
 @dataclass(frozen=True)
@@ -59,48 +61,8 @@ KINDS = {
     "trainers": Kind("trainer", "robeval.train.methods", "trainer"),
     "models": Kind("architecture", "robeval.models.architectures", "architecture", hyphens=False),
     "data": Kind("dataset", "robeval.data.sources", "data set", hyphens=False),
+    "references": Kind("reference", "robeval.references", "reference", hyphens=False),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One keyword argument of a method: what the user can set."""
-
-    name: str
-    type: str
-    default: Any
-    doc: str = ""
-
-    def read(self, text: Any, owner: str) -> Any:
-        """A value from the command line as the annotated type.
-
-        Raises:
-            UsageError: the text does not fit the type.
-        """
-        if not isinstance(text, str):
-            return text
-        choices = re.fullmatch(r"Literal\[(.*)\]", self.type)
-        if choices:
-            allowed = [str(ast.literal_eval(part.strip())) for part in choices[1].split(",")]
-            if text not in allowed:
-                raise unknown(f"{self.name} of {owner}", text, allowed)
-            return text
-        if "None" in self.type and text.lower() in ("none", "auto"):
-            return None
-        kinds = [part.strip() for part in self.type.split("|")]
-        what = f"{self.name} of {owner}"
-        if "bool" in kinds:
-            if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-                raise UsageError(f"{what} must be true or false, got {text!r}", code="A04")
-            return text.lower() in ("true", "yes", "1")
-        if "int" in kinds:
-            value = number(text, name=what, code="A04")
-            if value != int(value):
-                raise UsageError(f"{what} must be a whole number, got {text!r}", code="A04")
-            return int(value)
-        if "float" in kinds:
-            return number(text, name=what, code="A04")
-        return text
 
 
 @dataclass(frozen=True)
@@ -115,6 +77,7 @@ class Method:
     doc: str
     facts: Mapping[str, Any]
     settings: tuple[Setting, ...]
+    open: bool = False
 
     @property
     def summary(self) -> str:
@@ -137,15 +100,14 @@ class Method:
         Raises:
             UsageError: a setting that the method does not have, or a value of the wrong type.
         """
-        known = {s.name: s for s in self.settings}
-        for name in given:
-            if name not in known:
-                raise unknown(f"setting of {self.name}", name, known)
-        bound_ = {n: s.read(given[n], self.name) if n in given else s.default for n, s in known.items()}
-        for name in ("steps", "restarts", "queries", "draws"):
-            if name in given and bound_[name] is not None and bound_[name] < 1:
-                raise UsageError(f"{name} of {self.name} must be at least 1, got {given[name]}", code="A04")
-        return bound_
+        return written.bind(self.name, self.settings, self.open, given)
+
+    def named(self, word: str) -> Method:
+        """One of the many attacks that a reference stands for, with the facts that hold for it alone."""
+        own: dict[str, Any] = next(
+            (f for names, f in self.facts.get("by_word", {}).items() if word in names.split()), {}
+        )
+        return replace(self, name=f"{self.name}:{word}", facts=types.MappingProxyType({**self.facts, **own}))
 
 
 @dataclass(frozen=True)
@@ -214,7 +176,8 @@ def _read_file(path: Path, kind: str, module: str) -> Iterable[Method]:
                 for a, value in zip(node.args.kwonlyargs, defaults, strict=True)
             )
             name = facts.get("name") or (node.name.replace("_", "-") if spec.hyphens else node.name)
-            yield Method(kind, name, node.name, module, path, doc, types.MappingProxyType(facts), settings)
+            open_ = node.args.kwarg is not None
+            yield Method(kind, name, node.name, module, path, doc, types.MappingProxyType(facts), settings, open_)
 
 
 @cache
@@ -260,17 +223,11 @@ def find(kind: str, name: str) -> Method:
     Raises:
         UsageError: no such method, with the closest names.
     """
-    return parse(kind, name).method
+    return _look_up(kind, name)[0]
 
 
-def parse(kind: str, text: str) -> Spec:
-    """Read ``name``, ``name:key=value,...`` or ``file.py:function`` into a method with all its settings.
-
-    Raises:
-        UsageError: unknown method or setting, with the closest names; malformed settings.
-        FileRefused: the file does not exist or holds no such method.
-    """
-    start: dict[str, Any] = {}
+def _look_up(kind: str, text: str) -> tuple[Method, dict[str, Any], str, str]:
+    """The method that a text names, the preset's settings, the label, and what follows the name."""
     if re.match(r".*\.py:\w+", text):
         file, rest = text.split(".py:", 1)
         function, _, tail = rest.partition(":")
@@ -280,21 +237,42 @@ def parse(kind: str, text: str) -> Spec:
         mine = {m.function: m for m in _read_file(path, kind, "")}
         if function not in mine:
             raise unknown(f"{KINDS[kind].noun} in {path}", function, mine)
-        method, label = mine[function], mine[function].name
-    else:
-        name, _, tail = text.partition(":")
-        table = _names(kind)
-        key = next((k for k in table if k.replace("_", "-") == name.strip().replace("_", "-")), None)
-        if key is None:
-            raise unknown(KINDS[kind].noun, name, table)
-        method, start, label = table[key]
-    given: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in tail.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise UsageError(f'settings are written key=value, got "{part}"', code="A04", where=text)
-        given[key.strip().replace("-", "_")] = value.strip()
-    settings = method.bind({**start, **given})
+        return mine[function], {}, mine[function].name, tail
+    name, _, tail = text.partition(":")
+    table = _names(kind) | (_names("references") if kind == "attacks" else {})
+    key = next((k for k in table if k.replace("_", "-") == name.strip().replace("_", "-")), None)
+    if key is None:
+        raise unknown(KINDS[kind].noun, name, table)
+    return *table[key], tail
+
+
+def parse(kind: str, text: str) -> Spec:
+    """Read ``name``, ``name:key=value,...`` or ``file.py:function`` into a method with all its settings.
+
+    Among attacks, ``torchattacks:PGD,steps=20`` is the reference of that name; the bare word says which of its attacks.
+
+    Raises:
+        UsageError: unknown method or setting, with the closest names; malformed settings; a package that is missing.
+        FileRefused: the file does not exist or holds no such method.
+    """
+    method, start, label, tail = _look_up(kind, text)
+    word = method.facts.get("word", "")
+    settings = method.bind({**start, **written.pairs(tail, word, text)})
     base = method.bind(start)
-    changed = [f"{k}={v}" for k, v in sorted(settings.items()) if v != base[k]]
+    changed = [f"{k}={v}" for k, v in sorted(settings.items()) if k != word and (k not in base or v != base[k])]
+    if word:
+        method = _installed(method.named(settings[word]))
+        return Spec(method, settings, ",".join([method.name, *changed]))
     return Spec(method, settings, label + (":" + ",".join(changed) if changed else ""))
+
+
+def _installed(method: Method) -> Method:
+    """Refuse a method whose package is not there, without importing it."""
+    needs = method.facts.get("needs", "")
+    if needs and importlib.util.find_spec(needs) is None:
+        raise UsageError(
+            f"{method.name} needs the package {needs}, which is not installed",
+            code="A07",
+            do="pip install 'robeval[reference]'",
+        )
+    return method

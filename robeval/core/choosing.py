@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from robeval.core.catalogue import Spec, parse
@@ -33,6 +34,25 @@ def insist_on_norm(specs: list[Spec], norm: str) -> None:
                 code="A06",
                 do=f"its norms: {', '.join(norms)}; choose with --norm",
             )
+
+
+def for_classes(spec: Spec, classes: int) -> Spec:
+    """The method as it runs on a problem with so many classes; what changes stands in its label.
+
+    There are ``classes - 1`` rivals to aim at, and the DLR loss divides by a gap that needs three classes, or four
+    towards a target: with fewer, its numerator alone is used, the margin (cw).
+    """
+    now = dict(spec.settings) if spec.method.kind == "attacks" else {}
+    if now.get("targets"):
+        now["targets"] = min(now["targets"], classes - 1)
+    if now.get("loss") == "dlr" and classes < (4 if now.get("targets") else 3):
+        now["loss"] = "cw"
+    if not now or now == spec.settings:
+        return spec
+    name, _, tail = spec.label.partition(":")
+    written = dict(part.split("=", 1) for part in tail.split(",") if part)
+    written |= {k: str(v) for k, v in now.items() if v != spec.settings[k]}
+    return replace(spec, settings=now, label=f"{name}:" + ",".join(f"{k}={v}" for k, v in sorted(written.items())))
 
 
 def facts(spec: Spec) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class Untargeted:
     def __getitem__(self, rows: Tensor) -> Untargeted:
         return Untargeted(self.y[rows])
 
+    def __len__(self) -> int:
+        return len(self.y)
+
     def reached(self, z: Tensor) -> Tensor:
         """(n, K) -> (n,) bool: the predicted class is wrong."""
         return z.argmax(1) != self.y
@@ -74,6 +77,9 @@ class Targeted:
     def __getitem__(self, rows: Tensor) -> Targeted:
         return Targeted(self.t[rows])
 
+    def __len__(self) -> int:
+        return len(self.t)
+
     def reached(self, z: Tensor) -> Tensor:
         return z.argmax(1) == self.t
 
@@ -112,6 +118,35 @@ def dlr(goal: Goal, z: Tensor) -> Tensor:
 def gaps(goal: Goal, z: Tensor) -> Tensor:
     return goal.gaps(z)
 
+
+def ranked_rivals(goal: Goal, z: Tensor, rank: Tensor) -> Tensor:
+    """The rival class at the given rank of the logits, 0 for the most probable one. (n, K), (n,) -> (n,)."""
+    if isinstance(goal, Targeted):
+        return goal.t
+    order = without(z, goal.y).argsort(dim=1, descending=True, stable=True)
+    return column(order, rank)
+
+
+def towards(goal: Untargeted, z: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y for one rival class t of each row, whatever the other classes do. (n, K), (n,) -> (n,)."""
+    return column(z, target) - column(z, goal.y)
+
+
+def dlr_towards(goal: Untargeted, z: Tensor, target: Tensor) -> Tensor:
+    """Targeted DLR (Croce and Hein 2020, equation 7), or :func:`towards` with too few classes for its denominator."""
+    if z.shape[1] < 4:
+        return towards(goal, z, target)
+    top = z.sort(1, descending=True).values
+    return towards(goal, z, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def cross_entropy_towards(goal: Untargeted, z: Tensor, target: Tensor) -> Tensor:
+    """Minus the cross-entropy of the class t. (n, K), (n,) -> (n,)."""
+    return Targeted(target).cross_entropy(z)
+
+
+#: Losses that pull towards a class given with each row.
+TOWARDS: dict[str, Loss] = {"ce": cross_entropy_towards, "cw": towards, "dlr": dlr_towards}
 
 #: Losses by the name that the command line, the records and the attacks use. Attacks ascend them.
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "cw": margin_loss, "dlr": dlr, "gaps": gaps}

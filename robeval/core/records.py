@@ -10,6 +10,7 @@ from typing import Any
 
 SCHEMA = 1
 CLEAN = "clean"
+CERTIFIED = "certified"
 
 
 def col(doc: str, unit: str = "", default: Any = MISSING) -> Any:
@@ -19,13 +20,17 @@ def col(doc: str, unit: str = "", default: Any = MISSING) -> Any:
 
 @dataclass(frozen=True)
 class AttackRecord:
-    """One attack on one image. The row ``attack == "clean"`` holds the clean pass of every image."""
+    """One attack on one image.
+
+    The row ``attack == "clean"`` holds the clean pass of every image; a row ``attack == "certified"`` says that a proof
+    covers the image at this eps, so that no attack was run.
+    """
 
     index: int = col("id of the image in its split")
     label: int = col("true class")
     clean_prediction: int = col("class predicted for the clean image")
     clean_correct: bool = col("the clean image is classified correctly")
-    attack: str = col("attack with its settings, or clean")
+    attack: str = col("attack with its settings, or clean, or certified")
     norm: str = col("norm of the threat model")
     eps: float = col(
         "radius of the threat model; inf for a search of the nearest adversarial image", "pixels in [0, 1]"
@@ -38,7 +43,11 @@ class AttackRecord:
     distance_l0: float = col("number of changed entries", "entries")
     margin: float = col("true logit minus best other logit at the stored image, else the smallest seen", "logits")
     attempt: int = col("restart or target that succeeded, -1 if none")
-    iterations: int = col("questions asked until the decision", "questions")
+    iterations: int = col(
+        "questions asked until the decision, of the earliest of attempts side by side; for a random search the queries "
+        "that count, without those that looking ahead discards",
+        "questions",
+    )
     forwards: int = col("images of this row passed forward, the verdict's included", "passes")
     backwards: int = col("gradients taken for this row", "passes")
     first_success_forward: int = col("forward pass at which the first adversarial image appeared, -1 if none", "passes")

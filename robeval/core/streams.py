@@ -70,6 +70,23 @@ class Streams:
         self.draws += 1
         return torch.stack(words, 2).flatten(1)[:, :size].reshape(-1, *shape)
 
+    def numbered(self, rows: Tensor, numbers: Tensor, words: int) -> Tensor:
+        """Uniform 32-bit words as int64 that belong to a number, such as a proposal's, in whatever order one asks.
+
+        Args:
+            rows: (m,) int64.
+            numbers: (m, L) int64 below 2**32.
+            words: How many words each number has.
+
+        Returns:
+            (m, L, words) int64.
+        """
+        block = torch.arange((words + 3) // 4, device=self.device)
+        zero = torch.zeros_like(block)
+        key = [k[rows][:, None] for k in self.key]
+        drawn = philox((block, zero + numbers[..., None], zero + 1, zero), key)  # the 1 keeps clear of all other draws
+        return torch.stack(drawn, 3).flatten(2)[..., :words]
+
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in (0, 1). -> (n, *shape)."""
         return ((self.bits(*shape).double() + 0.5) * 2.0**-32).to(self.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -40,12 +42,15 @@ class Backend:
     Args:
         classifier: The model; its parameters need no gradient.
         capacity: Most rows in one batch. Halved when memory runs out, which never changes an answer.
+        floor: Fewest rows of a padded batch.
+        precision: float32, or the type that autocast lets a search compute in: bfloat16 or float16.
     """
 
     classifier: Classifier
     capacity: int = 256
     counts: Counts = field(default_factory=Counts)
     floor: int = FLOOR
+    precision: str = "float32"
 
     def shape(self, rows: int) -> int:
         """Width of the padded batch for so many rows: one of at most sixteen, the widest being the capacity."""
@@ -85,6 +90,21 @@ class Backend:
         """(n, C, H, W) -> (n, K)."""
         return self.evaluate(Logits(x), goal).logits
 
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Full precision inside, whatever the search may use."""
+        before, self.precision = self.precision, "float32"
+        try:
+            yield
+        finally:
+            self.precision = before
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.precision == "float32":
+            return self.classifier.logits(x)
+        with torch.autocast(x.device.type, dtype=getattr(torch, self.precision)):
+            return self.classifier.logits(x).to(x.dtype)
+
     def _batch(self, question: Question, goal: Goal, rows: Tensor) -> Answer:
         n = len(rows)
         width = self.shape(n)
@@ -93,7 +113,7 @@ class Backend:
         asked: Question = Logits(points)
         if isinstance(question, Gradient):
             asked = Gradient(points, question.loss, args=tuple(a[padded] for a in question.args))
-        said = answer(asked, self.classifier.logits, goal[padded], open_)
+        said = answer(asked, self._logits, goal[padded], open_)
         self.counts.calls += 1
         self.counts.slots += width
         self.counts.forwards += n

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robeval.core.goal import Goal, loss_named
-from robeval.core.questions import Answer, Attack, Gradient, Question
+from robeval.core.questions import Answer, Attack, Gradient, Logits, Proposals, Question
 
 
 def answer(question: Question, logits: Callable[[Tensor], Tensor], goal: Goal, open_: Tensor) -> Answer:
@@ -16,6 +16,11 @@ def answer(question: Question, logits: Callable[[Tensor], Tensor], goal: Goal, o
 
     Uses ``autograd.grad`` with respect to the points alone, so no parameter's ``.grad`` is touched.
     """
+    if isinstance(question, Proposals):
+        with torch.no_grad():
+            z = logits(question.points.flatten(0, 1)).unflatten(0, question.only.shape)
+            empty = z.new_empty(0)
+            return Answer(z, open_, empty, empty, question.first(goal[question.rows], z))
     if not isinstance(question, Gradient):
         with torch.no_grad():
             z = logits(question.points)
@@ -44,12 +49,12 @@ def drive(attack: Attack, logits: Callable[[Tensor], Tensor], goal: Goal) -> Ten
     asked: Question | None = None
     try:
         asked = next(attack)
-        open_ = torch.ones(len(asked.points), dtype=torch.bool, device=asked.points.device)
+        open_ = torch.ones(len(goal), dtype=torch.bool, device=asked.points.device)
         while True:
             asked = attack.send(answer(asked, logits, goal, open_))
     except StopIteration as end:
         if end.value is None:
-            if asked is None:
-                raise ValueError("the attack asked nothing and returned nothing") from None
+            if not isinstance(asked, (Logits, Gradient)):
+                raise ValueError("the attack returned no point") from None
             return asked.points.detach()
         return end.value.detach()  # type: ignore[no-any-return]

@@ -15,6 +15,11 @@ from robeval.core.images import Images
 from robeval.engine.backend import Backend
 from robeval.engine.verdict import Verdicts, judge_points
 
+#: The nearest point lies on the boundary itself, where rounding decides. A margin of so many roundings of the largest
+#: logit is clear in any batch and on any machine, and such a point is preferred to a nearer one that is not.
+CLEARLY = 64
+UNCLEAR = 1e9
+
 
 @dataclass
 class Outcome:
@@ -65,7 +70,7 @@ class Judge:
             self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
 
     def look(self, rows: Tensor, attempts: Tensor, points: Tensor, logits: Tensor) -> Iterator[Outcome]:
-        """Judge the points of one complete question; yield the images that it decides.
+        """Judge the points of one answered question; yield the images that it decides.
 
         Args:
             rows: (m,) position of the image of each row, ascending, so that attempts of an image stand together.
@@ -75,7 +80,9 @@ class Judge:
         """
         first = torch.ones_like(rows, dtype=torch.bool)
         first[1:] = rows[1:] != rows[:-1]
-        self.iterations[rows[first]] += 1
+        leader = torch.zeros_like(self.attempt).index_copy_(0, rows[first], attempts[first])
+        mine = rows[attempts == leader[rows]]  # of attempts side by side the earliest counts
+        self.iterations.index_add_(0, mine, torch.ones_like(mine))
         finite = logits.isfinite().all(1)
         for position in rows[~finite].unique().tolist():
             if not self.closed[position]:
@@ -88,7 +95,8 @@ class Judge:
             return
         hit[hit.clone()] = self.ball.contains(self.images.x[rows[hit]], points[hit])
         if self.minimal:
-            self._keep_nearest(rows[hit], attempts[hit], points[hit])
+            clear = margin <= -CLEARLY * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+            self._keep_nearest(rows[hit], attempts[hit], points[hit], clear[hit])
             return
         found, start = hit.nonzero().squeeze(1), 0
         while start < len(found):  # the earliest attempt of each image first; others only if its verdict fails
@@ -112,11 +120,11 @@ class Judge:
             yield from self._confirm(near, self.attempt[near], self.best[near])
         yield from (self._close(position) for position in rows[~self.closed[rows]].tolist())
 
-    def _keep_nearest(self, rows: Tensor, attempts: Tensor, points: Tensor) -> None:
+    def _keep_nearest(self, rows: Tensor, attempts: Tensor, points: Tensor, clear: Tensor) -> None:
         assert self.best is not None
         if not len(rows):
             return
-        distance = self.ball.norm_of(points.double() - self.images.x[rows].double())
+        distance = self.ball.norm_of(points.double() - self.images.x[rows].double()) + UNCLEAR * ~clear
         unseen = rows[self.first_success[rows] < 0]
         self.first_success[unseen] = self.forwards[unseen]
         order = distance.argsort(stable=True)

@@ -6,9 +6,10 @@ are filled with rows of other cohorts. What an image experiences depends on its 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ def run(
     backend: Backend,
     *,
     seed: int = 0,
+    clean: Tensor | None = None,
     on_batch: OnBatch | None = None,
 ) -> Iterator[Outcome]:
     """Attack every image; yield each outcome as soon as it is decided.
@@ -65,13 +67,18 @@ def run(
         ball: Threat model; ``eps = inf`` searches the nearest adversarial image.
         backend: Evaluates and counts.
         seed: Seed of the run.
+        clean: (N, K), logits of the images where they are known, so that no attack pays for them again.
         on_batch: Told (decided, total, text) after every batch.
 
     Raises:
         MachineError: out of memory even with one image.
         ContractBroken: the model fails or gives no gradient.
     """
-    engine = _Engine(plan, images, goal, ball, backend, seed)
+    if (
+        math.isinf(ball.eps) and backend.precision != "float32"
+    ):  # what lies on the boundary is no matter for coarse arithmetic
+        backend = replace(backend, precision="float32")
+    engine = _Engine(plan, images, goal, ball, backend, seed, clean)
     while engine.busy:
         yield from engine.step()
         if on_batch:
@@ -80,9 +87,11 @@ def run(
 
 
 class _Engine:
-    def __init__(self, plan: Plan, images: Images, goal: Goal, ball: Ball, backend: Backend, seed: int):
+    def __init__(
+        self, plan: Plan, images: Images, goal: Goal, ball: Ball, backend: Backend, seed: int, clean: Tensor | None
+    ):
         self.plan, self.images, self.goal, self.ball = plan, images, goal, ball
-        self.backend, self.seed = backend, seed
+        self.backend, self.seed, self.clean = backend, seed, clean
         self.judge = Judge(images, goal, ball, backend)
         self.waves = waves(plan.attempts, at_once=self.judge.minimal)
         self.queue: dict[int, list[int]] = defaultdict(list)
@@ -123,57 +132,52 @@ class _Engine:
         x0 = self.images.x[rows]
         rng = Streams(self.seed, ids, self.plan.name, tries, dtype=x0.dtype, device=x0.device)
         attack = self.plan.start(x0, self.goal[rows], Ball(self.ball.norm, self.ball.eps), rng)
-        cohort = Cohort(rows, rng.attempt, wave, attack, self.plan.black_box)
+        clean = None if self.clean is None else self.clean[rows]
+        cohort = Cohort(rows, rng.attempt, wave, attack, x0, self.plan.black_box, clean)
         cohort.resume(~self.judge.closed[rows])
         self.live.append(cohort)
         return cohort
 
     def _evaluate(self, lane: list[Cohort], capacity: int) -> None:
-        """One batch from the waiting rows of a lane."""
+        """One batch from the waiting points of a lane."""
         taken, room = [], capacity
         for cohort in lane:
-            rows = cohort.take(room)
-            if len(rows):
-                taken.append((cohort, rows))
-                room -= len(rows)
+            chosen = cohort.take(room)
+            if len(chosen):
+                taken.append((cohort, chosen))
+                room -= len(chosen)
             if not room:
                 break
-        questions = [c.question for c, _ in taken]
-        points = torch.cat([q.points[rows] for q, (_, rows) in zip(questions, taken, strict=True) if q])
-        positions = torch.cat([c.rows[rows] for c, rows in taken])
+        points = torch.cat([c.points[chosen] for c, chosen in taken if c.points is not None])
+        positions = torch.cat([c.rows[c.owner[chosen]] for c, chosen in taken if c.owner is not None])
         packed: Question = Logits(points)
-        if isinstance(questions[0], Gradient):
-            args = tuple(
-                torch.cat(
-                    [q.args[k][rows] for q, (_, rows) in zip(questions, taken, strict=True) if isinstance(q, Gradient)]
-                )
-                for k in range(len(questions[0].args))
-            )
-            packed = Gradient(points, questions[0].loss, args=args)
+        asked = [(c.question, chosen) for c, chosen in taken if isinstance(c.question, Gradient)]
+        if asked:
+            args = zip(*([a[chosen] for a in q.args] for q, chosen in asked), strict=True)
+            packed = Gradient(points, asked[0][0].loss, args=tuple(torch.cat(a) for a in args))
         said = self.backend.evaluate(packed, self.goal[positions])
         losses = 0 if isinstance(packed, Logits) else (1 if said.loss.dim() == 1 else said.loss.shape[1])
         self.judge.charge(positions, losses)
         self.templates[taken[0][0].lane] = said
         start = 0
-        for cohort, rows in taken:
-            part = slice(start, start + len(rows))
-            cohort.store(rows, said[part])
-            start += len(rows)
+        for cohort, chosen in taken:
+            part = slice(start, start + len(chosen))
+            cohort.store(chosen, said[part])
+            start += len(chosen)
 
     def _settle(self, cohort: Cohort) -> Iterator[Outcome]:
         """Judge a complete question and go on, until the cohort waits for answers again or has ended."""
         while cohort.question is not None and not cohort.open_waiting:
-            if cohort.reply is not None:
-                assert cohort.asked is not None
-                asked = cohort.asked.nonzero().squeeze(1)
-                yield from self.judge.look(
-                    cohort.rows[asked],
-                    cohort.attempts[asked],
-                    cohort.question.points[asked],
-                    cohort.reply.logits[asked],
-                )
-            elif not cohort.last:
+            if cohort.reply is None:  # nobody asked
                 cohort.store(torch.empty(0, dtype=torch.int64, device=cohort.rows.device), self._template(cohort))
+            assert cohort.reply is not None and cohort.owner is not None and cohort.points is not None
+            logits = cohort.reply.logits
+            counts = cohort.complete(self.goal[cohort.rows])
+            if len(counts):
+                owner = cohort.owner[counts]
+                yield from self.judge.look(
+                    cohort.rows[owner], cohort.attempts[owner], cohort.points[counts], logits[counts]
+                )
             cohort.resume(~self.judge.closed[cohort.rows])
         if cohort.question is None:
             self.live.remove(cohort)
@@ -183,10 +187,9 @@ class _Engine:
         """Shapes of an answer for a question that no open row asks."""
         if cohort.lane not in self.templates:
             question = cohort.question
-            assert question is not None
-            one: Question = Logits(question.points[:1])
+            one: Question = Logits(cohort.x0[:1])
             if isinstance(question, Gradient):
-                one = Gradient(question.points[:1], question.loss, args=tuple(a[:1] for a in question.args))
+                one = Gradient(cohort.x0[:1], question.loss, args=tuple(a[:1] for a in question.args))
             self.templates[cohort.lane] = self.backend.evaluate(one, self.goal[cohort.rows[:1]])
         return self.templates[cohort.lane][:0]
 

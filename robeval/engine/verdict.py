@@ -57,7 +57,7 @@ def judge_points(backend: Backend, x0: Tensor, x: Tensor, goal: Goal, ball: Ball
     n = len(x)
     rounded = to_8bit(x0, x, ball)
     both = torch.cat([torch.arange(n), torch.arange(n)]).to(x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), backend.exactly():
         z = backend.logits(torch.cat([x, rounded]), goal[both])
     finite = z.isfinite().all(1)
     hit = goal[both].reached(z) & finite & ball.contains(torch.cat([x0, x0]), torch.cat([x, rounded]))
