@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from robeval.attacks.apgd_ce import apgd_ce, checkpoints
-from robeval.attacks.square import side
+from robeval.attacks.apgd import apgd, checkpoints
+from robeval.attacks.squares import side
 from robeval.core.ball import Ball
 from robeval.core.goal import Untargeted
 from robeval.core.questions import Attack
@@ -72,7 +72,7 @@ def test_apgd_ce_follows_the_reference_step_by_step(
         best.copy_(torch.maximum(best, goal.cross_entropy(z.detach())))
         return z
 
-    run: Attack = apgd_ce(these.x, goal, Ball(norm, eps), Streams(0, range(30), "t", dtype=torch.float64))
+    run: Attack = apgd(these.x, goal, Ball(norm, eps), Streams(0, range(30), "t", dtype=torch.float64))
     last = drive(run, logits, goal)
     logits(last)
     apart = (best - expected).abs()

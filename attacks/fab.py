@@ -1,0 +1,102 @@
+"""Fast adaptive boundary attack."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robeval.attacks.hyperplanes import shortest_move
+from robeval.core.ball import Ball, per_row
+from robeval.core.catalogue import attack
+from robeval.core.goal import Goal, ranked_rivals
+from robeval.core.questions import Attack, Gradient, Logits
+from robeval.core.streams import Streams
+
+#: Half the radius at which models are usually compared; random starts lie so far from the image.
+START = {"linf": 4 / 255, "l2": 0.25, "l1": 6.0}
+
+
+def leads(goal: Goal, z: Tensor, classes: Tensor) -> Tensor:
+    """z_j - z_y for the given classes j of each row. (n, K), (n, S) -> (n, S)."""
+    return z.gather(1, classes) - z.gather(1, goal.y[:, None])  # type: ignore[union-attr]
+
+
+@attack(
+    source="Croce and Hein 2020, Minimally distorted adversarial examples with a fast adaptive boundary attack,"
+    " arXiv:1907.02044, algorithm 1",
+    norms=("linf", "l2", "l1"),
+    search="minimal",
+    attempts=("restarts", "targets"),
+    presets={"fab-t": {"targets": 9}},
+)
+def fab(
+    x0: Tensor,
+    goal: Goal,
+    ball: Ball,
+    rng: Streams,
+    *,
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 0,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    start_radius: float | None = None,
+) -> Attack:
+    """Goes back and forth over the decision boundary, each time a little closer to the image.
+
+    A step projects the iterate and the image exactly on the linearised boundary within the box and goes to a mean of
+    the two, biased towards the image; from beyond the boundary it is pulled back towards the image first.
+
+    Args:
+        steps: Linearisations per attempt.
+        restarts: Starts per target, the first at the image, the others at random points near it.
+        targets: Rival classes attacked one by one, the most likely ones at the image first; 0 takes in each step the
+            class whose linearised boundary is nearest.
+        alpha_max: Largest weight of the image's projection in the mean.
+        eta: Projections are lengthened by this factor, to end beyond the boundary.
+        beta: Share of its way from the image that a point beyond the boundary keeps.
+        start_radius: Distance of the random starts from the image, in the norm; none means half of eps, and in the
+            search for the nearest point 4/255 (linf), 0.25 (l2) or 6 (l1).
+
+    Shapes:
+        x0 (n, C, H, W) in [0, 1].
+    Cost:
+        2 forward passes per step, attempt and open image, and 1 backward pass, K - 1 of them when ``targets`` is 0.
+    Source:
+        Croce and Hein 2020, arXiv:1907.02044, algorithm 1, with the targeted form of the AutoAttack code
+        (arXiv:2003.01690).
+    Departs:
+        Follows the published code: no final line search, and random starts at half of eps. Classes of equal logits are
+        ranked by number. A hyperplane is given by the gap between the logits at the iterate, which spares the rounding
+        of its offset. Points that were pulled back are judged too, so that a distance can only be smaller.
+    """
+    at = yield Logits(x0)
+    targets = min(targets, at.logits.shape[1] - 1)
+    if targets:
+        classes = ranked_rivals(goal, at.logits, rng.attempt % targets)[:, None]
+    else:
+        classes = goal.rivals(at.logits.shape[1])  # type: ignore[union-attr]
+    x = x0
+    if restarts > 1:
+        radius = start_radius or (ball.eps / 2 if math.isfinite(ball.eps) else START[ball.norm])
+        later = per_row(rng.attempt >= max(targets, 1), x0)
+        x = torch.where(later, Ball(ball.norm, radius).surface(x0, rng), x0)
+    rows = torch.arange(len(x0), device=x0.device)
+    for _ in range(steps):
+        at = yield Gradient(x, leads, args=(classes,))
+        steepness = ball.dual_norm(at.grad.flatten(0, 1)).view_as(at.loss)
+        nearest = (at.loss.abs() / (steepness + 1e-12)).argmin(1)
+        gap, w = at.loss[rows, nearest], at.grad[rows, nearest]
+        gap0 = gap + (w * (x0 - x)).flatten(1).sum(1)
+        to_plane, from_image = shortest_move(
+            torch.cat([x, x0]), torch.cat([w, w]), torch.cat([gap, gap0]), ball.norm
+        ).chunk(2)
+        far, near = ball.norm_of(to_plane).clamp_min(1e-8), ball.norm_of(from_image).clamp_min(1e-8)
+        alpha = per_row((far / (far + near)).clamp_max(alpha_max), x)
+        x = ((1 - alpha) * (x + eta * to_plane) + alpha * (x0 + eta * from_image)).clamp(0, 1)
+        at = yield Logits(x)
+        x = torch.where(per_row(goal.reached(at.logits), x), x0 + beta * (x - x0), x)
+    return None
