@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_specs_carry_every_setting_and_a_label() -> None:
     assert catalogue.parse("attacks", "pgd").config_hash != spec.config_hash
     preset = catalogue.parse("attacks", "pgd20x50:loss=cw")
     assert (preset.label, preset.settings["restarts"], preset.settings["loss"]) == ("pgd20x50:loss=cw", 50, "cw")
-    assert catalogue.parse("attacks", "APGD_CE".lower()).method.name == "apgd-ce"
+    assert catalogue.parse("attacks", "apgd_ce") == catalogue.parse("attacks", "apgd-ce")
     assert catalogue.parse("attacks", "pgd:step_size=2/255").settings["step_size"] == 2 / 255
 
 
@@ -83,6 +85,64 @@ def test_specs_carry_every_setting_and_a_label() -> None:
 def test_wrong_specs_get_one_sentence(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says.replace("?", r"\?")):
         catalogue.parse("attacks", text)
+
+
+REFERENCE = '''
+@reference(source="Nobody 2026, A test", norms=("linf", "l2"), needs="NEEDS", word="tool",
+           by_word={"saw axe": {"norms": ("l1",), "search": "minimal"}})
+def outside(model, x, y, ball, seed, *, tool: str = "hammer", depth: int = 3, **settings):
+    """Runs a tool."""
+'''
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A reference in a package of its own, which is there as soon as its folder says so."""
+    (tmp_path / "outside_house").mkdir()
+    (tmp_path / "outside_house" / "__init__.py").touch()
+    (tmp_path / "outside_house" / "outside.py").write_text(REFERENCE.replace("NEEDS", "json"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kind = dataclasses.replace(catalogue.KINDS["references"], package="outside_house")
+    monkeypatch.setitem(catalogue.KINDS, "references", kind)
+    catalogue.methods.cache_clear()
+    yield tmp_path / "outside_house" / "outside.py"
+    monkeypatch.undo()
+    catalogue.methods.cache_clear()
+
+
+def test_a_reference_is_named_by_its_first_bare_word(outside: Path) -> None:
+    plain = catalogue.parse("attacks", "outside")
+    assert (plain.label, plain.method.kind, plain.method.name) == ("outside:hammer", "references", "outside:hammer")
+    assert plain.settings == {"tool": "hammer", "depth": 3}
+    spec = catalogue.parse("attacks", "outside:axe,depth=5,grip=none,sharp=yes,force=1/4,blows=7,fast=true")
+    assert spec.settings == {
+        "tool": "axe", "depth": 5, "grip": None, "sharp": "yes", "force": 0.25, "blows": 7, "fast": True
+    }  # fmt: skip
+    assert spec.label == "outside:axe,blows=7,depth=5,fast=True,force=0.25,grip=None,sharp=yes"
+    assert catalogue.parse("attacks", spec.label) == spec
+    assert (spec.method.facts["norms"], spec.method.facts["search"]) == (("l1",), "minimal")
+    assert (plain.method.facts["norms"], plain.method.facts.get("search")) == (("linf", "l2"), None)
+    assert catalogue.parse("attacks", "outside:depth=5").label == "outside:hammer,depth=5"
+    assert spec.config_hash != catalogue.parse("attacks", "outside:saw,depth=5").config_hash
+    assert catalogue.find("references", "outside").name == "outside"
+    assert "outside" not in catalogue.methods("attacks")
+
+
+def test_a_reference_without_its_package_is_refused_in_one_sentence(outside: Path) -> None:
+    outside.write_text(REFERENCE.replace("NEEDS", "no_such_package"))
+    catalogue.methods.cache_clear()
+    with pytest.raises(UsageError) as caught:
+        catalogue.parse("attacks", "outside:axe")
+    assert caught.value.what == "outside:axe needs the package no_such_package, which is not installed"
+    assert (caught.value.code, caught.value.do) == ("A07", "pip install 'robeval[reference]'")
+    assert list(catalogue.methods("references")) == ["outside"]  # it is listed all the same
+
+
+def test_bare_words_and_open_settings_are_for_references_only() -> None:
+    with pytest.raises(UsageError, match="settings are written key=value"):
+        catalogue.parse("attacks", "pgd:linf")
+    with pytest.raises(UsageError, match="unknown setting of pgd"):
+        catalogue.parse("attacks", "pgd:colour=red")
 
 
 def test_a_file_outside_the_house(tmp_path: Path) -> None:
