@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robeval.core.ball import Ball, per_row
 from robeval.core.catalogue import attack
-from robeval.core.goal import Goal
+from robeval.core.goal import Goal, clearly
 from robeval.core.questions import Attack, Gradient, Logits
 from robeval.core.streams import Streams
 
@@ -49,8 +49,8 @@ def deepfool(
     Source:
         Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, algorithm 2 and section 3.3 for the other norms.
     Departs:
-        The iterates stay in the box [0, 1]; pixels that already stand at the box and would be pushed out of it are left
-        out of the step.
+        The iterates stay in the box [0, 1]. Steps are taken as if there were none: leaving pixels at the box out of the
+        step was tried, and the longer steps ended farther from the image.
     """
     at = yield Logits(x0)
     classes = goal.rivals(at.logits.shape[1])  # type: ignore[union-attr]
@@ -60,17 +60,15 @@ def deepfool(
     done = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     for _ in range(steps):
         at = yield Gradient(x, nearest_rivals, only=~done, args=(classes,))
-        done = done | goal.reached(at.logits) | ~at.open
+        done = done | clearly(goal, at.logits) | ~at.open
         if done.all():
             return None
-        at_box = ((x <= 0)[:, None] & (at.grad < 0)) | ((x >= 1)[:, None] & (at.grad > 0))
-        slopes = at.grad.masked_fill(at_box, 0)
-        steepness = ball.dual_norm(slopes.flatten(0, 1)).view_as(at.loss)
+        steepness = ball.dual_norm(at.grad.flatten(0, 1)).view_as(at.loss)
         distance = torch.where(steepness > 0, at.loss.abs() / steepness, torch.inf)
         nearest = distance.argmin(1)
         rows = torch.arange(len(x), device=x.device)
         length = distance[rows, nearest].nan_to_num(posinf=0.0) + 1e-6
-        moved = torch.where(per_row(done, x), moved, moved + per_row(length, x) * ball.ascent(slopes[rows, nearest]))
+        moved = torch.where(per_row(done, x), moved, moved + per_row(length, x) * ball.ascent(at.grad[rows, nearest]))
         x = torch.where(per_row(done, x), x, (x0 + (1 + overshoot) * moved).clamp(0, 1))
     yield Logits(x, only=~done)
     return None

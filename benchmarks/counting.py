@@ -23,11 +23,14 @@ class Counting(nn.Module):
     def reset(self) -> None:
         """Start a new count."""
         self.forwards = self.backwards = self.calls = 0
+        self.seconds = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.forwards += len(x)
+        before = time.perf_counter()
         z: Tensor = self.inner(x)
+        self.seconds += time.perf_counter() - before
         if z.requires_grad:
             z.register_hook(self._backward)
         return z
@@ -35,9 +38,14 @@ class Counting(nn.Module):
     def _backward(self, grad: Tensor) -> None:
         self.backwards += len(grad)
 
-    def counts(self) -> dict[str, int]:
-        """Rows forward and backward, and calls, since the last reset."""
-        return {"forwards": self.forwards, "backwards": self.backwards, "calls": self.calls}
+    def counts(self) -> dict[str, Any]:
+        """Rows forward and backward, calls, and seconds spent in forward passes, since the last reset."""
+        return {
+            "forwards": self.forwards,
+            "backwards": self.backwards,
+            "calls": self.calls,
+            "seconds_forward": round(self.seconds, 3),
+        }
 
 
 class Timed:

@@ -124,7 +124,11 @@ def attack(
     chosen = subset(load_images(data) if isinstance(data, str) else data, images).to(classifier.device)
     check(classifier, chosen)
     radii = sorted({float(e) for e in ([eps] if isinstance(eps, (int, float)) else eps)})
-    specs = choose("attacks", list(attacks), norm) if attacks else read_suite(suite, norm)[0]
+    if attacks:
+        specs = choose("attacks", list(attacks), norm)
+    else:
+        specs, _, every = read_suite(suite, norm)
+        each = each or every
     settings = Settings(specs, norm, radii, seed=seed, each=each, batch_size=batch_size)
     store = attack_run(classifier, chosen, settings, root=str(out))
     result = verify(store, classifier, chosen)

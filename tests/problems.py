@@ -11,15 +11,24 @@ from torch import Tensor, nn
 
 from robeval.core import catalogue
 from robeval.core.ball import DUAL, Ball, vector_norm
+from robeval.core.choosing import for_classes
 from robeval.core.classifier import Classifier
 from robeval.core.goal import Untargeted
 from robeval.core.images import Images
 from robeval.engine.backend import Backend
 from robeval.engine.judge import Outcome
 from robeval.engine.run import Plan, run
+from robeval.evaluate.settings import attempts_of
 
 #: Settings that keep slow attacks quick in the laws.
-QUICK = {"steps": 30, "queries": 150}
+QUICK = {"steps": 30, "queries": 100}
+#: More of it for single attacks.
+SHORT: dict[str, dict[str, Any]] = {
+    "cw-l2": {"iterations": 20, "searches": 3},
+    "logbarrier": {"outer": 4, "inner": 20},
+}
+#: Presets that take another path through their method's code.
+VARIANTS = ("apgd-t", "fab-t", "simba-dct")
 PIXELS = (1, 4, 4)
 
 
@@ -71,11 +80,12 @@ def network(
     return model, images(x, model.logits(x).argmax(1), classes)
 
 
-def quick(name: str, **more: Any) -> dict[str, Any]:
-    """All settings of an attack, the slow ones shortened."""
-    method = catalogue.find("attacks", name)
-    own = {s.name for s in method.settings}
-    return method.bind({k: v for k, v in {**QUICK, **more}.items() if k in own})
+def quick(name: str, classes: int = 10, **more: Any) -> dict[str, Any]:
+    """All settings of an attack or preset, the slow ones shortened, with as many targets as there are rivals."""
+    spec = for_classes(catalogue.parse("attacks", name), classes)
+    short = {k: v for k, v in {**QUICK, **SHORT.get(name, {}), **more}.items() if k in spec.settings}
+    bound = spec.method.bind(short)
+    return spec.settings | {k: bound[k] for k in short}
 
 
 def attack(
@@ -92,20 +102,24 @@ def attack(
     """Run one attack through the engine, the outcomes in the order of the images."""
     method = catalogue.find("attacks", name)
     radius = float("inf") if method.facts.get("search") == "minimal" else eps
-    bound = quick(name, **settings)
+    bound = quick(name, model.classes, **settings)
     plan = Plan(
         method.name,
         partial(method.load(), **bound),
-        int(bound.get(method.facts.get("attempts", ""), 1)),
+        attempts_of(method, bound),
         method.facts.get("access") == "black-box",
     )
-    outcomes = run(plan, these, Untargeted(these.y), Ball(norm, radius), Backend(model, capacity), seed=seed)
+    with torch.no_grad():
+        clean = model.logits(these.x)
+    goal, backend = Untargeted(these.y), Backend(model, capacity)
+    outcomes = run(plan, these, goal, Ball(norm, radius), backend, seed=seed, clean=clean)
     return sorted(outcomes, key=lambda o: o.position)
 
 
 def attack_cases() -> list[tuple[str, str]]:
-    """Every attack in the folder with every norm that it declares."""
-    return [(name, norm) for name, m in catalogue.methods("attacks").items() for norm in m.facts["norms"]]
+    """Every attack in the folder, and the presets that take another path, with every norm that it declares."""
+    names = [*catalogue.methods("attacks"), *VARIANTS]
+    return [(name, norm) for name in names for norm in catalogue.find("attacks", name).facts["norms"]]
 
 
 def trained(path: Path, architecture: str, **arguments: Any) -> Path:

@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "robeval.core": set(),
     "robeval.attacks": {"robeval.core"},
     "robeval.bounds": {"robeval.core"},
+    "robeval.references": {"robeval.core"},
     "robeval.engine": {"robeval.core"},
     "robeval.store": {"robeval.core"},
     "robeval.models": {"robeval.core"},
@@ -204,6 +205,7 @@ SECTIONS = {
     "trainers": ("Cost", "Source", "Departs"),
     "models": ("Shapes", "Source"),
     "data": ("Source",),
+    "references": ("Shapes", "Cost", "Source", "Departs"),
 }
 METHODS = [(kind, method) for kind in catalogue.KINDS for method in catalogue.methods(kind).values()]
 

@@ -20,8 +20,11 @@ from robeval.core.errors import RobevalError
 COMMANDS = {
     "train": ("train", "Main job", "Train a classifier with one of the regularizers."),
     "attack": ("attack", "Main job", "Attack a classifier image by image."),
+    "transfer": ("transfer", "Main job", "Craft images on each model, judge them on every model."),
     "certify": ("certify", "Main job", "Bound the robustness of a classifier image by image."),
     "table": ("table", "Results", "Make a table from finished runs."),
+    "compare": ("compare", "Results", "Compare two attack runs image by image, with a paired test."),
+    "curve": ("curve", "Results", "Robust accuracy against every eps, as a table or a plot."),
     "verify": ("verify", "Results", "Check every stored adversarial image of a run again."),
     "cite": ("cite", "Results", "Print the sources of the methods that a run used."),
     "list": ("list_", "Look around", "List attacks, suites, bounds, trainers, models or data sets."),

@@ -21,8 +21,9 @@ from robeval.cli.loading import (
     Subset,
     load_both,
 )
+from robeval.cli.planning import prepared, settings_of, tell_plan, transferable
 from robeval.core import catalogue
-from robeval.core.errors import GateFailed, UsageError
+from robeval.core.errors import GateFailed
 
 THREAT = "Threat model"
 
@@ -35,6 +36,7 @@ def _attacks_help() -> str:
         lines.append(
             f"- `{m.name}` [{', '.join(m.facts['norms'])}] {m.summary}" + (f" *{settings}*" if settings else "")
         )
+    lines += [f"- `{r.name}:...` {r.summary}" for r in catalogue.methods("references").values()]
     return "\n".join(lines)
 
 
@@ -50,7 +52,12 @@ def attack(
     model: ModelFile,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", "-s", help="quick or white-box; see robeval list suites.", rich_help_panel=THREAT),
+        typer.Option(
+            "--suite",
+            "-s",
+            help="quick, autoattack, white-box, ... (robeval list suites), or a .toml file.",
+            rich_help_panel=THREAT,
+        ),
     ] = None,
     attacks: Annotated[
         list[str] | None,
@@ -69,6 +76,14 @@ def attack(
             rich_help_panel=THREAT,
         ),
     ] = False,
+    transfer_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--transfer-from",
+            help="Craft the attacks on this model instead, at full length, and judge them here; repeatable.",
+            rich_help_panel=THREAT,
+        ),
+    ] = None,
     data: Data = "digits",
     split: Split = "test",
     images: Subset = None,
@@ -77,6 +92,33 @@ def attack(
     normalise: Normalise = "none",
     seed: Seed = 0,
     batch_size: BatchSize = 256,
+    skip_certified: Annotated[
+        str | None,
+        typer.Option(
+            "--skip-certified",
+            help="Folder of certificates: images with a proof at that radius are not attacked.",
+            rich_help_panel="Run",
+        ),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            help="float32, or bfloat16 or float16 to search in; verdicts stay in float32.",
+            rich_help_panel="Run",
+        ),
+    ] = "float32",
+    channels_last: Annotated[
+        bool,
+        typer.Option("--channels-last", help="Keep weights in channels-last layout.", rich_help_panel="Run"),
+    ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the model with torch.compile.", rich_help_panel="Run")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would run and what it may cost, and stop.", rich_help_panel="Run"),
+    ] = False,
     shard: Annotated[
         str,
         typer.Option("--shard", help="i/n: the i-th of n parts; all parts share one folder.", rich_help_panel="Run"),
@@ -99,18 +141,33 @@ def attack(
     The same command resumes: images that are decided are not attacked again.
     """
     set_quiet(quiet or json)
-    settings = settings_of(suite, attacks, norm, eps, each=each, seed=seed, batch_size=batch_size, shard=shard)
+    if transfer_from:
+        attacks = transferable(attacks, suite=suite, shard=shard, skip_certified=skip_certified, dry_run=dry_run)
+    settings = settings_of(
+        suite, attacks, norm, eps, each=each, seed=seed, batch_size=batch_size, shard=shard, precision=precision
+    )
     classifier, chosen = load_both(
         model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
     )
+    settings = prepared(settings, classifier, chosen, skip_certified, channels_last, compiled)
+    if dry_run:
+        tell_plan(settings, classifier, chosen, out, json)
+        return
     from robeval.evaluate.attacking import attack_run
+    from robeval.evaluate.transferring import transfer_runs
     from robeval.evaluate.verify import verify
+    from robeval.models.load import load as load_model
     from robeval.reports.frames import AttackFacts
     from robeval.reports.tables import attacks_table
     from robeval.reports.writers import terminal
 
     with progress("attack") as on_progress:
-        store = attack_run(classifier, chosen, settings, root=out, argv=sys.argv[1:], on_progress=on_progress)
+        how: dict[str, Any] = {"root": out, "argv": sys.argv[1:], "on_progress": on_progress}
+        if transfer_from:
+            sources = [load_model(source) for source in transfer_from]
+            store = transfer_runs([classifier], sources, chosen, settings, **how)[0]
+        else:
+            store = attack_run(classifier, chosen, settings, **how)
     with progress("verify") as on_progress:
         checked = verify(store, classifier, chosen, on_progress)
     checked.insist()
@@ -144,39 +201,3 @@ def summary(facts: Any) -> dict[str, Any]:
         "table": attacks_table(facts.store).to_json()["rows"],
         **facts.cost(),
     }
-
-
-def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str | None, **run: Any) -> Any:
-    """The settings of an attack run from the words of the command line.
-
-    Raises:
-        UsageError: both a suite and attacks, unknown names, bad radii or shard.
-    """
-    import re
-
-    from robeval.core.ball import NORMS
-    from robeval.core.choosing import choose
-    from robeval.core.errors import unknown
-    from robeval.core.numbers import radii
-    from robeval.evaluate import suites
-    from robeval.evaluate.settings import Settings
-
-    if norm not in NORMS:
-        raise unknown("norm", norm, NORMS)
-    if suite and names:
-        raise UsageError("give --suite or --attack, not both", code="A04")
-    if names:
-        specs = choose("attacks", names, norm)
-    else:
-        specs, left_out = suites.suite(suite or "quick", norm)
-        if left_out:
-            note(f"not in {norm}, left out: {', '.join(left_out)}")
-    values = radii(eps, norm) if eps else []
-    if 0.0 in values:
-        note("note[A01] eps 0: robust accuracy equals clean accuracy")
-    shard = run.get("shard") or ""
-    if shard:
-        match = re.fullmatch(r"(\d+)/(\d+)", shard)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UsageError(f"--shard is i/n with 1 <= i <= n, got {shard}", code="A04", do="such as --shard 1/4")
-    return Settings(specs, norm, values, **run)

@@ -55,19 +55,20 @@ def _methods(kind: str) -> dict[str, dict[str, str]]:
     defaults = {"access": "white-box", "search": "fixed eps"}
     short = {v: [k for k, n in catalogue.presets(kind).items() if n == v] for v in catalogue.methods(kind)}
     rows = {}
-    for method in catalogue.methods(kind).values():
+    more = catalogue.methods("references") if kind == "attacks" else {}
+    for method in (*catalogue.methods(kind).values(), *more.values()):
         row = {}
         for fact in extra.get(kind, ()):
             value = method.facts.get(fact, defaults.get(fact, ""))
             row[fact] = ", ".join(value) if isinstance(value, tuple) else str(value)
         row["settings"] = ", ".join(f"{s.name}={s.default}" for s in method.settings)
-        row["also"] = ", ".join(short[method.name])
+        row["also"] = ", ".join(short.get(method.name, ()))
         row["what"] = method.summary
         rows[method.name] = row
     return rows
 
 
 def _suites() -> dict[str, dict[str, str]]:
-    from robeval.evaluate.suites import ABOUT, SUITES
+    from robeval.evaluate.suites import SUITES
 
-    return {name: {"attacks": ", ".join(attacks), "what": ABOUT[name]} for name, attacks in SUITES.items()}
+    return {name: {"attacks": ", ".join(suite.attacks), "what": suite.about} for name, suite in SUITES.items()}

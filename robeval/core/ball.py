@@ -41,7 +41,7 @@ def vector_norm(d: Tensor, norm: str) -> Tensor:
     raise UsageError(f'unknown norm "{norm}"', code="A04", do=f"choose from: {', '.join(NORMS)}")
 
 
-def project_l1(d: Tensor, radius: float) -> Tensor:
+def project_l1(d: Tensor, radius: float | Tensor) -> Tensor:
     """Nearest point of the l1 ball (Duchi et al. 2008, figure 1). Shapes: (n, ...) -> (n, ...)."""
     flat = d.flatten(1)
     u = flat.abs().sort(dim=1, descending=True).values

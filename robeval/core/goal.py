@@ -99,6 +99,17 @@ class Targeted:
 
 
 Goal = Untargeted | Targeted
+
+#: Rounding decides on the boundary itself. A margin of so many roundings of the largest logit is clear in any batch and
+#: on any machine.
+ROUNDINGS = 64
+
+
+def clearly(goal: Goal, z: Tensor) -> Tensor:
+    """The goal is reached by more than rounding. (n, K) -> (n,) bool."""
+    return goal.margin(z) < -ROUNDINGS * torch.finfo(z.dtype).eps * z.abs().amax(1)
+
+
 Loss = Callable[..., Tensor]
 
 

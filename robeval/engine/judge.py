@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from robeval.core.ball import Ball, vector_norm
-from robeval.core.goal import Goal
+from robeval.core.goal import Goal, clearly
 from robeval.core.images import Images
 from robeval.engine.backend import Backend
 from robeval.engine.verdict import Verdicts, judge_points
 
-#: The nearest point lies on the boundary itself, where rounding decides. A margin of so many roundings of the largest
-#: logit is clear in any batch and on any machine, and such a point is preferred to a nearer one that is not.
-CLEARLY = 64
+#: The nearest point lies on the boundary itself, where rounding decides: one that is clearly beyond is preferred to a
+#: nearer one that is not, by this distance.
 UNCLEAR = 1e9
 
 
@@ -95,8 +94,7 @@ class Judge:
             return
         hit[hit.clone()] = self.ball.contains(self.images.x[rows[hit]], points[hit])
         if self.minimal:
-            clear = margin <= -CLEARLY * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
-            self._keep_nearest(rows[hit], attempts[hit], points[hit], clear[hit])
+            self._keep_nearest(rows[hit], attempts[hit], points[hit], clearly(goal[hit], logits[hit]))
             return
         found, start = hit.nonzero().squeeze(1), 0
         while start < len(found):  # the earliest attempt of each image first; others only if its verdict fails

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,11 +15,12 @@ from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken, UsageError
 from robeval.core.goal import Untargeted
 from robeval.core.images import Images
-from robeval.core.records import CLEAN
+from robeval.core.records import CERTIFIED, CLEAN
 from robeval.data.subset import shard as shard_of
 from robeval.engine.backend import Backend
 from robeval.engine.run import run
 from robeval.evaluate.recording import Recorder
+from robeval.evaluate.references import insist, run_reference
 from robeval.evaluate.settings import Settings, manifest_of, plan, searches_nearest
 from robeval.store.runstore import RunStore
 from robeval.store.session import session
@@ -69,8 +71,10 @@ def attack_run(
     if not settings.radii and not all(searches_nearest(s) for s in settings.specs):
         fixed = next(s.label for s in settings.specs if not searches_nearest(s))
         raise UsageError(f"{fixed} needs a radius", code="A02", do="give one, such as --eps 8/255")
+    settings = settings.for_classes(classifier.classes)
+    insist(settings.specs)
     started = time.monotonic()
-    backend = Backend(classifier, settings.batch_size)
+    backend = Backend(classifier, settings.batch_size, precision=settings.precision)
     manifest = manifest_of(classifier, images, settings, argv or [])
     mine = images
     if settings.shard:
@@ -133,6 +137,9 @@ class _Evaluation:
         for position, index in enumerate(self.images.ids.tolist()):
             if (index, CLEAN, 0.0) not in self.known:
                 self.recorder.clean(position)
+            for eps in self.settings.radii:
+                if self.settings.certified.covers(index, eps) and (index, CERTIFIED, eps) not in self.known:
+                    self.recorder.certified(position, eps)
         self.recorder.flush()
 
     def _attack(self, spec: Spec, eps: float) -> None:
@@ -143,21 +150,20 @@ class _Evaluation:
             for position, index in enumerate(self.images.ids.tolist())
             if self.recorder.correct[position]
             and (index, spec.label, radius) not in self.known
+            and not self.settings.certified.covers(index, eps)
             and (self.settings.each or not self.settings.radii or self.distance.get(index, math.inf) > limit)
         ]
         if not rows:
             return
         chosen = torch.tensor(rows, device=self.images.x.device)
         images = self.images[chosen]
-        outcomes = run(
-            plan(spec),
-            images,
-            Untargeted(images.y),
-            Ball(self.settings.norm, radius),
-            self.backend,
-            seed=self.settings.seed,
-            on_batch=self.on_progress,
-        )
+        goal, ball = Untargeted(images.y), Ball(self.settings.norm, radius)
+        how: dict[str, Any] = {"seed": self.settings.seed, "on_batch": self.on_progress}
+        clean = self.recorder.logits[chosen]
+        if spec.method.kind == "references":
+            outcomes = run_reference(spec, images, goal, ball, self.backend, **how)
+        else:
+            outcomes = run(plan(spec), images, goal, ball, self.backend, clean=clean, **how)
         for outcome in outcomes:
             position = rows[outcome.position]
             self.recorder.attacked(spec, radius, position, outcome)

@@ -13,7 +13,7 @@ from torch import Tensor
 from robeval.core.catalogue import Spec
 from robeval.core.goal import Untargeted
 from robeval.core.images import Images
-from robeval.core.records import CLEAN, AttackRecord
+from robeval.core.records import CERTIFIED, CLEAN, AttackRecord
 from robeval.engine.judge import Outcome
 from robeval.store.runstore import RunStore
 
@@ -49,17 +49,24 @@ class Recorder:
     def clean(self, position: int) -> None:
         """Record the clean pass of one image; a misclassified one is decided by it."""
         correct = bool(self.correct[position])
-        distance = math.inf if correct else 0.0
+        self._unattacked(position, CLEAN, 0.0, found=not correct, forwards=1)
+
+    def certified(self, position: int, eps: float) -> None:
+        """Record that a proof covers one image, so that it is not attacked at this radius."""
+        self._unattacked(position, CERTIFIED, eps, found=False, forwards=0)
+
+    def _unattacked(self, position: int, why: str, eps: float, *, found: bool, forwards: int) -> None:
+        distance = 0.0 if found else math.inf
         self._add(
             AttackRecord(
                 index=int(self.images.ids[position]),
                 label=int(self.images.y[position]),
                 clean_prediction=int(self.prediction[position]),
-                clean_correct=correct,
-                attack=CLEAN,
+                clean_correct=bool(self.correct[position]),
+                attack=why,
                 norm=self.norm,
-                eps=0.0,
-                success=not correct,
+                eps=eps,
+                success=found,
                 prediction=int(self.prediction[position]),
                 distance_linf=distance,
                 distance_l2=distance,
@@ -68,9 +75,9 @@ class Recorder:
                 margin=float(self.margin[position]),
                 attempt=-1,
                 iterations=0,
-                forwards=1,
+                forwards=forwards,
                 backwards=0,
-                first_success_forward=-1 if correct else 1,
+                first_success_forward=1 if found else -1,
                 survives_8bit=False,
                 seed=self.seed,
                 attack_config_hash="",

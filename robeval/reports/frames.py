@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from robeval.core.records import CLEAN
+from robeval.core.records import CERTIFIED, CLEAN
 from robeval.reports.stats import Rate
 from robeval.store.runstore import RunStore
 
@@ -51,7 +51,8 @@ class AttackFacts:
         self.norm: str = self.manifest["threat"]["norm"]
         frame = store.frame()
         self.clean = frame[frame["attack"] == CLEAN].set_index("index")
-        self.attacks = frame[frame["attack"] != CLEAN]
+        self.attacks = frame[~frame["attack"].isin([CLEAN, CERTIFIED])]
+        self.certified = frame[frame["attack"] == CERTIFIED]
         self.planned = int(self.manifest["data"]["images"])
         self.labels: list[str] = [m["label"] for m in self.manifest["methods"]]
         self.radii: list[float] = list(self.manifest["threat"]["eps"])
@@ -65,13 +66,17 @@ class AttackFacts:
             for eps in self.radii or [math.inf]:
                 mine = self.attacks[self.attacks["attack"] == method["label"]]
                 mine = mine[np.isinf(mine["eps"]) if method["search"] == "minimal" else mine["eps"] == eps]
-                seen = set(mine["index"])
+                seen = set(mine["index"]) | self.proven(eps)
                 left = self.clean.index[self.clean["clean_correct"]].difference(pd.Index(sorted(seen)))
                 standing = self.distances().reindex(left) > eps * (1 + REL) + ABS
                 every = self.manifest["settings"]["each"] or not self.radii
                 if (every and len(left)) or bool(standing.any()):
                     return False
         return True
+
+    def proven(self, eps: float) -> set[int]:
+        """Images that a proof covers at this radius, so that no attack was run on them there."""
+        return set(self.certified.loc[self.certified["eps"] >= eps, "index"])
 
     @property
     def clean_accuracy(self) -> Rate:
@@ -104,6 +109,7 @@ class AttackFacts:
     def per_attack(self, eps: float) -> list[Attacked]:
         """One entry per attack, in the order in which they ran."""
         correct = set(self.clean.index[self.clean["clean_correct"]])
+        to_see = correct - self.proven(eps)
         hits = self.hits(eps)
         # Radii ran in ascending order, nearest-point searches at the first: what they found was known before.
         earlier = (hits["eps"] < eps) | (np.isinf(hits["eps"]) & (eps > min(self.radii, default=eps)))
@@ -112,7 +118,7 @@ class AttackFacts:
         for label in self.labels:
             mine = self.ran(label, eps)
             broken = set(mine["index"]) & set(hits.loc[hits["attack"] == label, "index"])
-            alone = correct <= set(mine["index"])
+            alone = to_see <= set(mine["index"])
             left = correct - broken - (set() if alone else fallen)
             rate = Rate(len(left), len(self.clean))
             found.append(Attacked(label, rate, alone, len(broken), len(broken - fallen), len(mine)))

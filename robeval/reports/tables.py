@@ -49,11 +49,11 @@ class Table:
 def _attack_stores(stores: list[RunStore], norm: str | None) -> list[AttackFacts]:
     facts = [AttackFacts(s) for s in stores if s.manifest()["kind"] == "attack"]
     if norm is None:
-        _one_norm({f.norm for f in facts})
+        one_norm({f.norm for f in facts})
     return [f for f in facts if norm in (None, f.norm)]
 
 
-def _one_norm(norms: set[str]) -> None:
+def one_norm(norms: set[str]) -> None:
     if len(norms) > 1:
         raise UsageError(
             f"rows of different threat models cannot share a column: {', '.join(sorted(norms))}",
@@ -62,7 +62,7 @@ def _one_norm(norms: set[str]) -> None:
         )
 
 
-def _one_name_one_model(stores: list[RunStore]) -> None:
+def one_name_one_model(stores: list[RunStore]) -> None:
     seen: dict[str, str] = {}
     for store in stores:
         model = store.manifest()["model"]
@@ -108,7 +108,7 @@ def _bounds_table(stores: list[RunStore], norm: str | None) -> Table:
     mine = [s for s in stores if s.manifest()["kind"] == "certify" and norm in (None, s.manifest()["threat"]["norm"])]
     if not mine:
         raise FileRefused("no attack run among these" + (f" in {norm}" if norm else ""), code="R05")
-    _one_norm({s.manifest()["threat"]["norm"] for s in mine})
+    one_norm({s.manifest()["threat"]["norm"] for s in mine})
     rows: list[dict[str, Cell]] = []
     notes = []
     for store in mine:
@@ -133,7 +133,7 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
         UsageError: several norms, or two models of one name.
         FileRefused: no run in that norm.
     """
-    _one_name_one_model(stores)
+    one_name_one_model(stores)
     facts = _attack_stores(stores, norm)
     if not facts:
         return _bounds_table(stores, norm)
@@ -250,6 +250,8 @@ def provenance(f: AttackFacts) -> str:
         left = "some attacks still have images to see" if len(f.clean) == f.planned else ""
         text += f"; INCOMPLETE: {left or f'{len(f.clean)} of {f.planned} images seen'}, the same command goes on"
     for eps in f.radii:
+        if f.proven(eps):
+            text += f"; at {pretty(eps)} {len(f.proven(eps))} images were not attacked: a proof covers them"
         lost = f.not_evaluated(eps)
         if lost:
             low = Rate(f.worst_case(eps).k - lost, len(f.clean)).value
