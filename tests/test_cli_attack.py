@@ -166,7 +166,7 @@ BAD = [
     (["cut.pt"], 3, "M04", "cut short"),
     (["wide.pt"], 4, "", "classes"),
     (["MODEL", "--attack", "pdg"], 2, "A04", "did you mean pgd"),
-    (["MODEL", "--attack", "square", "--norm", "l2"], 2, "A06", "no l2 form"),
+    (["MODEL", "--attack", "fgsm", "--norm", "l2"], 2, "A06", "no l2 form"),
     (["MODEL", "--norm", "l7"], 2, "A04", "unknown norm"),
     (["MODEL", "--eps", "8/0"], 2, "A02", "divides by zero"),
     (["MODEL", "--eps", "8"], 2, "A03", "did you mean 8/255"),

@@ -58,7 +58,8 @@ def brand_new(x0: Tensor, goal: Goal, ball: Ball, rng: Streams, *, strength: flo
 def test_specs_carry_every_setting_and_a_label() -> None:
     spec = catalogue.parse("attacks", "pgd:steps=50,restarts=3")
     assert spec.settings == {
-        "steps": 50, "step_size": None, "relative_step": None, "loss": "ce", "restarts": 3, "random_start": True
+        "steps": 50, "step_size": None, "relative_step": None, "loss": "ce", "confidence": None, "restarts": 3,
+        "random_start": True, "samples": 1,
     }  # fmt: skip
     assert spec.label == "pgd:restarts=3,steps=50"
     assert catalogue.parse("attacks", "pgd:restarts=3,steps=50").config_hash == spec.config_hash

@@ -143,5 +143,7 @@ def test_the_installed_package_finds_and_loads_its_methods(outside: Path) -> Non
     )
     where, names = run_outside(outside / "python", "-c", code).splitlines()
     assert where.startswith(str(outside.parent))
-    here = {path.stem.replace("_", "-") for path in (ROOT / "attacks").glob("*.py")} - {"--init--"}
-    assert set(names.split()) == here
+    # A file with a decorator is a method; the others are machinery beside them.
+    files = [path for path in (ROOT / "attacks").glob("*.py") if "\n@attack(" in path.read_text(encoding="utf-8")]
+    assert len(files) > 15
+    assert set(names.split()) == {path.stem.replace("_", "-") for path in files}

@@ -1,0 +1,119 @@
+"""The comparisons of the engine with other tools, one command each.
+
+    python -m benchmarks.cases A     # AutoAttack, a broken ResNet
+    python -m benchmarks.cases B     # AutoAttack, a weak small network, 200 images
+    python -m benchmarks.cases C     # AutoAttack, a robust small network, 48 images
+    python -m benchmarks.cases D     # PGD with 20 steps and 50 restarts, the weak network
+    python -m benchmarks.cases E     # the same, the robust network
+    python -m benchmarks.lanczos     # F: curvature of 64 images against scipy
+
+The small networks are those that ``robeval demo`` trains (digits_cnn, smooth); --models names their folder. Tools run in alternating order on one thread; every run prints a JSON line, and the last line
+compares. Needs the extra ``reference``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import contenders
+from benchmarks.counting import Counting, line
+from benchmarks.race import Tool, quiet_machine, race
+from robeval.core.classifier import Classifier
+from robeval.core.images import Images
+from robeval.data.load import load as load_images
+from robeval.data.subset import subset
+from robeval.models.build import build
+from robeval.models.load import load as load_model
+
+#: Rows that any run of AutoAttack's standard version must spend on an image of ten classes that stands to the end: the
+#: clean pass, 101 points of APGD-CE, nine times 101 of APGD-T, nine times 200 of FAB-T, 5,001 of Square; the last point
+#: of an APGD run needs no gradient.
+LIMIT = {"forwards": 1 + 101 + 9 * 101 + 9 * 200 + 5001, "backwards": 100 + 9 * 100 + 9 * 100}
+WEAK, ROBUST = 3.5 / 16, 1.5 / 16
+
+
+def resnet() -> tuple[Counting, Images]:
+    """A ResNet-10 with random weights, and 16 random images in the classes that it gives them."""
+    torch.manual_seed(0)
+    net = build("resnet10_nobn").eval().requires_grad_(False)
+    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    return Counting(net), Images(x, y, torch.arange(16), "random", [str(k) for k in range(10)])
+
+
+def small(name: str, folder: Path, images: int) -> tuple[Counting, Images]:
+    """A small network on digits, and a class-balanced part of the test images."""
+    file = folder / f"{name}.pt"
+    if not file.exists():
+        raise SystemExit(f"{file} is not there: run `robeval demo`, which trains it, or give --models")
+    classifier = load_model(str(file))
+    assert isinstance(classifier.module, torch.nn.Module)
+    return Counting(classifier.module), subset(load_images("digits", "test"), str(images))
+
+
+def autoattack(images: Images, eps: float, capacity: int) -> dict[str, Tool]:
+    """Ours and the reference's, standard version, linf."""
+    how: dict[str, Any] = {"norm": "linf", "eps": eps, "seed": 0, "images": images}
+    specs = contenders.attacks("autoattack", "linf", len(images.classes))
+    return {
+        "robeval": partial(contenders.robeval, specs=specs, capacity=capacity, **how),
+        "pyautoattack": partial(contenders.pyautoattack, version="standard", batch=capacity, **how),
+    }
+
+
+def restarts(images: Images, eps: float, capacity: int) -> dict[str, Tool]:
+    """PGD 20 x 50: ours, the plain loop and torchattacks' MultiAttack."""
+    how: dict[str, Any] = {"eps": eps, "images": images}
+    plain: dict[str, Any] = {"steps": 20, "restarts": 50, "batch": capacity, **how}
+    specs = contenders.attacks("pgd20x50", "linf", len(images.classes))
+    return {
+        "robeval": partial(contenders.robeval, specs=specs, norm="linf", seed=0, capacity=capacity, **how),
+        "plain loop": partial(contenders.plain_pgd, seed=0, **plain),
+        "torchattacks": partial(contenders.torchattacks_multi, **plain),
+    }
+
+
+def over_the_limit(told: dict[str, Any], images: int, out: Path | None) -> None:
+    """How many more rows each tool passed than the robust images alone need."""
+    for tool, facts in told.items():
+        robust = images - len(facts["broken"])
+        if robust:
+            ratios = {key: round(facts[key] / (robust * LIMIT[key]), 3) for key in LIMIT}
+            line(out, tool=tool, robust=robust, rows_over_limit=ratios)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("case", choices=("A", "B", "C", "D", "E"))
+    arguments.add_argument("--models", type=Path, default=Path("demo"), help="folder with standard.pt and adv.pt")
+    arguments.add_argument("--images", type=int, help="how many; the case's own number by default")
+    arguments.add_argument("--eps", type=float, help="radius; the case's own by default")
+    arguments.add_argument("--repeat", type=int, default=2)
+    arguments.add_argument("--batch-size", type=int, default=256)
+    arguments.add_argument("--out", type=Path)
+    options = arguments.parse_args()
+    quiet_machine()
+    own = {"A": (16, 8 / 255), "B": (200, WEAK), "C": (48, ROBUST), "D": (200, WEAK), "E": (100, ROBUST)}
+    count, eps = options.images or own[options.case][0], options.eps or own[options.case][1]
+    if options.case == "A":
+        model, images = resnet()
+    else:
+        model, images = small("standard" if options.case in "BD" else "adv", options.models, count)
+    tools = (autoattack if options.case in "ABC" else restarts)(images, eps, options.batch_size)
+    told = race(
+        model, tools, repeat=options.repeat, out=options.out, case=options.case, images=len(images), eps=eps,
+        parameters=sum(math.prod(p.shape) for p in model.inner.parameters()),
+    )  # fmt: skip
+    if options.case in "BC":
+        over_the_limit(told, len(images), options.out)
+
+
+if __name__ == "__main__":
+    main()
