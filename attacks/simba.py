@@ -98,7 +98,8 @@ def simba(
         channel, place = which // (shape[1] * shape[2]), which % (shape[1] * shape[2])
         wave = waves[0][place // shape[2]][..., :, None] * waves[1][place % shape[2]][..., None, :]
         own: Tensor = (channel[..., None] == torch.arange(shape[0], device=x0.device)).to(x0)
-        return own[..., None, None] * wave[:, :, None]
+        both: Tensor = own[..., None, None] * wave[:, :, None]
+        return both
 
     ahead = Lookahead(len(x0), lookahead, x0.device)
     at = yield Logits(x0)

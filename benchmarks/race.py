@@ -24,7 +24,7 @@ def race(
     """Run every tool ``repeat`` times in alternating order (A B, B A, ...); print a line a run and the ratios.
 
     Args:
-        counted: Counts what is asked of it.
+        counted: Counts what is asked of it. Its parameters ask for gradients, as they do in a user's hands.
         tools: Ours first; each returns the ids of the images that it broke.
         repeat: Times that every tool runs.
         out: File to append the lines to.
@@ -40,6 +40,7 @@ def race(
     for turn in range(repeat):
         for name in list(tools)[:: 1 if turn % 2 == 0 else -1]:
             counted.reset()
+            counted.requires_grad_(True)  # as a user's model comes; who freezes it does so himself
             with Timed() as time:
                 broken = tools[name](counted)
             cpu[name].append(time.cpu)

@@ -98,7 +98,7 @@ def prepared(
 
 
 def tell_plan(settings: Settings, classifier: Classifier, images: Images, out: str, json: bool) -> None:
-    """What would run, and the most that it can cost."""
+    """What would run, and what it costs if every image stands."""
     from robeval.core.numbers import pretty
     from robeval.engine.backend import Backend
     from robeval.evaluate.attacking import clean_pass
@@ -120,7 +120,7 @@ def tell_plan(settings: Settings, classifier: Classifier, images: Images, out: s
         "folder": out,
         "forwards_per_image": cost.forwards,
         "backwards_per_image": cost.backwards,
-        "seconds_at_most": round(cost.seconds, 1),
+        "seconds_if_all_stand": round(cost.seconds, 1),
     }
     if json:
         print_json(facts)

@@ -18,6 +18,7 @@ from robeval.engine.drive import answer
 #: Smallest batch that reaches the model. From 4 rows on (measured, CPU) an image's logits and gradient are the same
 #: bits whatever its place, its company and the width of the batch; one row alone takes another path in the kernels.
 FLOOR = 16
+GRAIN = 4
 
 
 @dataclass
@@ -53,8 +54,15 @@ class Backend:
     precision: str = "float32"
 
     def shape(self, rows: int) -> int:
-        """Width of the padded batch for so many rows: one of at most sixteen, the widest being the capacity."""
-        step = max(self.floor, self.capacity // 16)
+        """Width of the padded batch for so many rows, at most the capacity.
+
+        Where kernels are tuned or compiled for a shape it is one of sixteen; a CPU takes any multiple of four, with the
+        same bits (measured), and pays for every row.
+        """
+        if self.classifier.device.type == "cpu" and not self.classifier.info.get("compiled"):
+            step = GRAIN
+        else:
+            step = max(self.floor, self.capacity // 16)
         return max(rows, min(max(self.floor, self.capacity), -(-rows // step) * step))
 
     def evaluate(self, question: Question, goal: Goal) -> Answer:

@@ -1,4 +1,4 @@
-"""What a run may cost at most, before it starts: passes by a dress rehearsal without the model, time by one batch."""
+"""What a run costs if every image stands, told before it starts: passes by a rehearsal, time by one batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The most that a run can cost.
+    """What a run costs if every image stands to the end; each one that falls makes it cheaper.
 
     Args:
         costs: One entry per attack that robeval drives itself.
@@ -76,9 +76,9 @@ class Forecast:
 
     def __str__(self) -> str:
         return (
-            f"at most {self.forwards:,} forward and {self.backwards:,} backward passes an image and radius, "
+            f"about {self.forwards:,} forward and {self.backwards:,} backward passes for an image that stands, "
             f"{self.images * self.radii:,} image{'s' * (self.images * self.radii != 1)} times radii: "
-            f"about {_span(self.seconds)} if every image holds out, less for each one that falls"
+            f"{_span(self.seconds)} if all of them stand, less for each one that falls"
         )
 
 
@@ -89,7 +89,7 @@ def _span(seconds: float) -> str:
 
 
 def forecast(settings: Settings, images: Images, clean: Tensor, backend: Backend) -> Forecast:
-    """Passes and time of a run, at most.
+    """Passes and time of a run in which every image stands.
 
     Args:
         settings: What is going to run.
@@ -111,7 +111,9 @@ def forecast(settings: Settings, images: Images, clean: Tensor, backend: Backend
 def rehearse(spec: Spec, images: Images, clean: Tensor, ball: Ball) -> Cost:
     """Drive an attack on one image against a model that never moves, and count its questions.
 
-    The stand-in answers every point with the logits of the clean image and with gradients drawn at random.
+    The stand-in answers every point with the logits of the clean image and with gradients drawn at random. Where an
+    attack leaves out questions by what it was told, as Square does for proposals that change nothing, the count is near
+    but not exact.
     """
     planned = plan(spec)
     one = slice(0, 1)
