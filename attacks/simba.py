@@ -94,7 +94,8 @@ def simba(
     def directions(which: Tensor) -> Tensor:
         """The basis vectors of the given coordinates. (m, L) -> (m, L, C, H, W)."""
         if basis == "pixel":
-            return x0.new_zeros(*which.shape, size).scatter_(2, which[..., None], 1.0).unflatten(2, shape)
+            pixels: Tensor = x0.new_zeros(*which.shape, size).scatter_(2, which[..., None], 1.0).unflatten(2, shape)
+            return pixels
         channel, place = which // (shape[1] * shape[2]), which % (shape[1] * shape[2])
         wave = waves[0][place // shape[2]][..., :, None] * waves[1][place % shape[2]][..., None, :]
         own: Tensor = (channel[..., None] == torch.arange(shape[0], device=x0.device)).to(x0)
