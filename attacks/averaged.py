@@ -8,7 +8,7 @@ from robeval.core.questions import Answer, Gradient, Question
 
 
 def averaged(question: Gradient, samples: int) -> Generator[Question, Answer, Answer]:
-    """Ask the same question several times and average losses and gradients (Athalye et al. 2018, arXiv:1802.00420).
+    """Ask the same question several times and average losses and gradients (Athalye et al. 2018, arXiv:1707.07397).
 
     Use as ``at = yield from averaged(Gradient(x, "ce"), samples)``. Every answer is judged; the logits handed on
     are the last ones.

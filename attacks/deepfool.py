@@ -7,14 +7,9 @@ from torch import Tensor
 
 from robeval.core.ball import Ball, per_row
 from robeval.core.catalogue import attack
-from robeval.core.goal import Goal, clearly
+from robeval.core.goal import Goal, clearly, leads
 from robeval.core.questions import Attack, Gradient, Logits
 from robeval.core.streams import Streams
-
-
-def nearest_rivals(goal: Goal, z: Tensor, classes: Tensor) -> Tensor:
-    """z_j - z_y for the given classes j of each row. (n, K), (n, S) -> (n, S)."""
-    return z.gather(1, classes) - z.gather(1, goal.y[:, None])  # type: ignore[union-attr]
 
 
 @attack(
@@ -59,7 +54,7 @@ def deepfool(
     x, moved = x0, torch.zeros_like(x0)
     done = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     for _ in range(steps):
-        at = yield Gradient(x, nearest_rivals, only=~done, args=(classes,))
+        at = yield Gradient(x, leads, only=~done, args=(classes,))
         done = done | clearly(goal, at.logits) | ~at.open
         if done.all():
             return None

@@ -10,17 +10,12 @@ from torch import Tensor
 from robeval.attacks.hyperplanes import shortest_move
 from robeval.core.ball import Ball, per_row
 from robeval.core.catalogue import attack
-from robeval.core.goal import Goal, ranked_rivals
+from robeval.core.goal import Goal, leads, ranked_rivals
 from robeval.core.questions import Attack, Gradient, Logits
 from robeval.core.streams import Streams
 
 #: Half the radius at which models are usually compared; random starts lie so far from the image.
 START = {"linf": 4 / 255, "l2": 0.25, "l1": 6.0}
-
-
-def leads(goal: Goal, z: Tensor, classes: Tensor) -> Tensor:
-    """z_j - z_y for the given classes j of each row. (n, K), (n, S) -> (n, S)."""
-    return z.gather(1, classes) - z.gather(1, goal.y[:, None])  # type: ignore[union-attr]
 
 
 @attack(

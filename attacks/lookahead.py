@@ -1,9 +1,16 @@
-"""How far a random search looks ahead: several proposals from one state, asked at once."""
+"""Random search: what is accepted, and how far an image looks ahead: several proposals from one state at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from robeval.core.goal import Goal
+
+
+def lowers(goal: Goal, z: Tensor, margin: Tensor) -> Tensor:
+    """The margin falls below what it was. (n, K), (n,) -> (n,) bool."""
+    return goal.margin(z) < margin
 
 
 class Lookahead:

@@ -36,6 +36,7 @@ def divergence(goal: Goal, z: Tensor, clean: Tensor) -> Tensor:
         "pgd1000": {"steps": 1000, "relative_step": 0.25},
         "pgd20x50": {"steps": 20, "relative_step": 0.25, "restarts": 50},
         "pgd40": {"steps": 40, "relative_step": 0.2},
+        "l2-pgd100": {"steps": 100},
         "cw20": {"steps": 20, "relative_step": 0.25, "loss": "cw", "confidence": 50},
     },
 )

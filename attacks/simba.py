@@ -8,17 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robeval.attacks.lookahead import Lookahead
+from robeval.attacks.lookahead import Lookahead, lowers
 from robeval.core.ball import Ball
 from robeval.core.catalogue import attack
 from robeval.core.goal import Goal
 from robeval.core.questions import Attack, Logits, Proposals
 from robeval.core.streams import Streams
-
-
-def lowers(goal: Goal, z: Tensor, margin: Tensor) -> Tensor:
-    """The margin falls below what it was. (n, K), (n,) -> (n,) bool."""
-    return goal.margin(z) < margin
 
 
 def cosines(size: int) -> Tensor:

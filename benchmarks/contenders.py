@@ -105,3 +105,26 @@ def torchattacks_multi(
     made: Any = torchattacks.MultiAttack([torchattacks.PGD(model, eps, eps / 4, steps) for _ in range(restarts)])
     points = torch.cat([made(images.x[rows], images.y[rows]) for rows in torch.arange(len(images)).split(batch)])
     return wrong(model, points, images)
+
+
+def plain_simba(model: Counting, *, eps: float, seed: int, images: Images) -> set[int]:
+    """SimBA as its paper's algorithm reads: image by image, plus before minus, on the probability of the true class."""
+    generator = torch.Generator().manual_seed(seed)
+    broken: set[int] = set()
+    with torch.no_grad():
+        for x0, y, index in zip(images.x, images.y.tolist(), images.ids.tolist(), strict=True):
+            x, z = x0[None].clone(), model(x0[None])
+            best = z.softmax(1)[0, y]
+            for pixel in torch.randperm(x0.numel(), generator=generator).tolist():
+                if int(z.argmax()) != y:
+                    break
+                for step in (eps, -eps):
+                    proposal = x.clone()
+                    proposal.view(-1)[pixel] = (proposal.view(-1)[pixel] + step).clamp(0, 1)
+                    z_new = model(proposal)
+                    if z_new.softmax(1)[0, y] < best:
+                        x, z, best = proposal, z_new, z_new.softmax(1)[0, y]
+                        break
+            if int(z.argmax()) != y:
+                broken.add(index)
+    return broken

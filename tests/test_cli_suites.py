@@ -185,3 +185,44 @@ def test_transfer_says_what_does_not_go_together(folder: Path, tmp_path: Path, w
     assert code == 2
     assert told in err
     assert not list(tmp_path.iterdir())
+
+
+NOISY = """
+import torch
+from torch import nn
+from robeval.models.build import build
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = build("digits_cnn")
+
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+def noisy():
+    return Noisy()
+"""
+
+
+def test_a_model_that_answers_at_random(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    saved = torch.load(folder / "cnn.pt", weights_only=True)["state_dict"]
+    prefix = "" if next(iter(saved)).startswith("net.") else "net."
+    state = {prefix + key: value for key, value in saved.items()}
+    torch.save(state, tmp_path / "random.pt")
+    words = ["attack", "random.pt", "--arch", "noisy.py:noisy", "--eps", "3/16", "--images", "10"]
+    code, _, err = robeval(*words, "-q", cwd=tmp_path)
+    assert code == 4
+    assert "between two runs" in err
+    assert "--randomised" in err
+    code, out, err = robeval(*words, "--randomised", cwd=tmp_path)
+    assert code == 0, err
+    assert "apgd-dlr:samples=20" in out
+    assert "re-verified" in err
+    (run,) = (tmp_path / "runs").iterdir()
+    store = RunStore.open(run)
+    assert store.manifest()["settings"]["randomised"] is True
+    frame = store.frame()
+    assert frame.loc[frame["attack"] == "apgd-ce:samples=20", "success"].any()
+    assert robeval("verify", "runs", cwd=tmp_path)[0] == 0  # another draw may differ; that is no fault

@@ -21,7 +21,7 @@ from robeval.cli.loading import (
     Subset,
     load_both,
 )
-from robeval.cli.planning import prepared, settings_of, tell_plan, transferable
+from robeval.cli.planning import announce, prepared, settings_of, tell_plan, transferable
 from robeval.core import catalogue
 from robeval.core.errors import GateFailed
 
@@ -84,6 +84,12 @@ def attack(
             rich_help_panel=THREAT,
         ),
     ] = None,
+    randomised: Annotated[
+        bool,
+        typer.Option(
+            "--randomised", help="The model answers at random; see --suite autoattack-rand.", rich_help_panel=THREAT
+        ),
+    ] = False,
     data: Data = "digits",
     split: Split = "test",
     images: Subset = None,
@@ -144,15 +150,19 @@ def attack(
     if transfer_from:
         attacks = transferable(attacks, suite=suite, shard=shard, skip_certified=skip_certified, dry_run=dry_run)
     settings = settings_of(
-        suite, attacks, norm, eps, each=each, seed=seed, batch_size=batch_size, shard=shard, precision=precision
-    )
+        suite or ("autoattack-rand" if randomised and not attacks else None), attacks, norm, eps,
+        each=each, seed=seed, batch_size=batch_size, shard=shard, precision=precision, randomised=randomised,
+    )  # fmt: skip
     classifier, chosen = load_both(
-        model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
-    )
+        model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device,
+        randomised=randomised,
+    )  # fmt: skip
     settings = prepared(settings, classifier, chosen, skip_certified, channels_last, compiled)
     if dry_run:
         tell_plan(settings, classifier, chosen, out, json)
         return
+    if not (quiet or json or transfer_from):
+        announce(settings, classifier, chosen)
     from robeval.evaluate.attacking import attack_run
     from robeval.evaluate.transferring import transfer_runs
     from robeval.evaluate.verify import verify
@@ -178,7 +188,7 @@ def attack(
         print_json(summary(facts) | {"verified": checked.confirmed, "folder": str(store.folder)})
     else:
         sys.stdout.write(terminal(attacks_table(store)))
-        note(f"stored adversarial images re-verified {checked.confirmed}/{checked.checked}")
+        note(str(checked))
         note(f"{store.folder}   next: robeval certify {model} --data {data}")
     if fail_under is not None:
         low = min((facts.worst_case(e).interval[0] for e in facts.radii), default=1.0)

@@ -91,6 +91,7 @@ def load_both(
     arch_arg: list[str] | None = None,
     normalise: str = "none",
     device: str = "cpu",
+    randomised: bool = False,
 ) -> tuple[Classifier, Images]:
     """The classifier on its device and the chosen images, after the contract check.
 
@@ -126,7 +127,8 @@ def load_both(
         "arch": arch,
         "arch_arg": arch_arg,
         "normalise": normalise,
+        "randomised": randomised,
     }
-    for remark in [*classifier.info.get("notes", ()), *check(classifier, images)]:
+    for remark in [*classifier.info.get("notes", ()), *check(classifier, images, randomised=randomised)]:
         note(remark)
     return classifier, images

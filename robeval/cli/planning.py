@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from robeval.evaluate.settings import Settings
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+#: Seconds from which a run counts as long.
+LONG = 60.0
 
 
 def settings_of(suite: str | None, names: list[str] | None, norm: str, eps: str | None, **run: Any) -> Any:
@@ -95,6 +97,24 @@ def prepared(
         note(f"{len(proofs.radius)} images have a proof in {skip_certified}")
         settings = replace(settings, certified=proofs)
     return settings
+
+
+def announce(settings: Settings, classifier: Classifier, images: Images) -> None:
+    """Say beforehand what a long run may take."""
+    import torch
+
+    from robeval.engine.backend import Backend
+    from robeval.evaluate.attacking import clean_pass
+    from robeval.evaluate.forecast import TIMED, forecast
+
+    some = images[torch.arange(min(TIMED, len(images)))]
+    backend = Backend(classifier, settings.batch_size, precision=settings.precision)
+    clean = clean_pass(backend, some)
+    correct = clean.argmax(1) == some.y
+    if correct.any():
+        cost = forecast(settings, some[correct], clean[correct], backend, count=len(images))
+        if cost.seconds > LONG:
+            note(str(cost))
 
 
 def tell_plan(settings: Settings, classifier: Classifier, images: Images, out: str, json: bool) -> None:

@@ -49,11 +49,12 @@ def verify(
             arch_arg=source["arch_arg"],
             normalise=source["normalise"],
             device=device,
+            randomised=source.get("randomised", False),
         )
         with progress("verify") as on_progress:
             result = check(store, classifier, images, on_progress)
         results.append((store, result))
-        note(f"{store.folder}  {result.confirmed}/{result.checked} adversarial images hold")
+        note(f"{store.folder}  {result}")
     if not results:
         raise FileRefused(f"no attack run in {run}", code="R05", do="give a folder that robeval attack made")
     if json:

@@ -138,6 +138,11 @@ def ranked_rivals(goal: Goal, z: Tensor, rank: Tensor) -> Tensor:
     return column(order, rank)
 
 
+def leads(goal: Untargeted, z: Tensor, classes: Tensor) -> Tensor:
+    """z_j - z_y for the given classes j of each row. (n, K), (n, S) -> (n, S)."""
+    return z.gather(1, classes) - column(z, goal.y)[:, None]
+
+
 def towards(goal: Untargeted, z: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y for one rival class t of each row, whatever the other classes do. (n, K), (n,) -> (n,)."""
     return column(z, target) - column(z, goal.y)

@@ -60,10 +60,11 @@ class Backend:
         same bits (measured), and pays for every row.
         """
         if self.classifier.device.type == "cpu" and not self.classifier.info.get("compiled"):
-            step = GRAIN
+            step = min(GRAIN, self.floor)
         else:
             step = max(self.floor, self.capacity // 16)
-        return max(rows, min(max(self.floor, self.capacity), -(-rows // step) * step))
+        widest = max(self.floor, self.capacity)
+        return max(rows, self.floor, min(widest, -(-rows // step) * step))
 
     def evaluate(self, question: Question, goal: Goal) -> Answer:
         """Answer a question about any number of packed rows.

@@ -21,8 +21,8 @@ from robeval.evaluate.settings import Settings, plan, searches_nearest
 
 #: Images in the timed batch.
 TIMED = 64
-#: A rehearsal ends after so many questions; an attack that has not ended by then has no bound to tell.
-PATIENCE = 50_000
+#: A rehearsal ends after so many questions; what an attack asks beyond is not foretold.
+PATIENCE = 12_000
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,17 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def forecast(settings: Settings, images: Images, clean: Tensor, backend: Backend) -> Forecast:
+def forecast(
+    settings: Settings, images: Images, clean: Tensor, backend: Backend, *, count: int | None = None
+) -> Forecast:
     """Passes and time of a run in which every image stands.
 
     Args:
         settings: What is going to run.
-        images: The images to attack, at least one.
+        images: The images to attack, or some of them; at least one.
         clean: (N, K), their logits.
         backend: Times one batch forward and one with gradients; its counts are left as they were.
+        count: Number of images to attack, where ``images`` are only some of them.
     """
     radius = settings.radii[-1] if settings.radii else math.inf
     own = [s for s in settings.specs if s.method.kind == "attacks"]
@@ -105,7 +108,7 @@ def forecast(settings: Settings, images: Images, clean: Tensor, backend: Backend
         forward, backward = _times(backend, images)
     finally:
         backend.counts = counts
-    return Forecast(costs, len(images), max(1, len(settings.radii)), forward, backward)
+    return Forecast(costs, count or len(images), max(1, len(settings.radii)), forward, backward)
 
 
 def rehearse(spec: Spec, images: Images, clean: Tensor, ball: Ball) -> Cost:

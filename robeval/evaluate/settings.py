@@ -33,6 +33,7 @@ class Settings:
         shard: ``i/n``, or empty for all images.
         precision: Arithmetic in which fixed-eps attacks search: float32, or bfloat16 or float16 by autocast. Verdicts
             are always in float32.
+        randomised: The model answers at random: a success is one answer of two, and a later look need not repeat it.
         certified: Proofs that spare images the attacks within their radius.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     batch_size: int = 256
     shard: str = ""
     precision: str = "float32"
+    randomised: bool = False
     certified: Certified = field(default_factory=Certified)
 
     def for_classes(self, classes: int) -> Settings:
@@ -76,6 +78,9 @@ def manifest_of(classifier: Classifier, images: Images, settings: Settings, argv
     how: dict[str, Any] = {"each": settings.each}
     if settings.precision != "float32":
         how["precision"] = settings.precision
+    if settings.randomised:
+        how["randomised"] = True
+    how |= {fact: True for fact in ("channels_last", "compiled") if classifier.info.get(fact)}
     if settings.certified.source:
         radii = sorted(settings.certified.radius.items())
         digest = hashlib.sha256(repr(radii).encode()).hexdigest()[:16]

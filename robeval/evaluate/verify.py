@@ -31,12 +31,18 @@ class Verification:
         confirmed: How many hold in every respect.
         failures: One sentence per image that does not.
         forwards: Passes that the check cost.
+        fickle: Images on which a model that answers at random gave another answer this time; not a failure.
     """
 
     checked: int = 0
     confirmed: int = 0
     failures: list[str] = field(default_factory=list)
     forwards: int = 0
+    fickle: int = 0
+
+    def __str__(self) -> str:
+        text = f"stored adversarial images re-verified {self.confirmed}/{self.checked}"
+        return text + (f", on {self.fickle} a random model answered otherwise this time" if self.fickle else "")
 
     def insist(self) -> None:
         """Raise where a stored image does not hold.
@@ -96,9 +102,11 @@ def verify(
         flat = np.abs(change).reshape(len(part), -1)
         norms = {"linf": flat.max(1), "l2": np.sqrt((flat**2).sum(1)), "l1": flat.sum(1)}
         for k, row in enumerate(part.itertuples(index=False)):
-            problems = []
+            problems, fickle = [], False
             if not torch.isfinite(predicted[k]).all():
                 problems.append("logits are not finite")
+            elif manifest["settings"].get("randomised"):
+                fickle = int(predicted[k].argmax()) == row.label
             elif int(predicted[k].argmax()) == row.label:
                 problems.append("it is classified correctly")
             elif int(predicted[k].argmax()) != row.prediction:
@@ -112,6 +120,8 @@ def verify(
             if problems:
                 index = part["index"].iloc[k]
                 result.failures.append(f"image {index} by {row.attack}: {', '.join(problems)}")
+            elif fickle:
+                result.fickle += 1
             else:
                 result.confirmed += 1
         if on_progress:

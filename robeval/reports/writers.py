@@ -30,7 +30,10 @@ def text(cell: Cell, digits: int = 4) -> str:
     if cell is None:
         return ""
     if isinstance(cell, float):
-        return f"{cell:.{digits}f}" if math.isfinite(cell) else "-"
+        if not math.isfinite(cell):
+            return "-"
+        tiny = 0 < abs(cell) < 0.5 * 10**-digits  # a p-value or a distance that would be printed as nothing
+        return f"{cell:.1e}" if tiny else f"{cell:.{digits}f}"
     if isinstance(cell, int):
         return f"{cell:,}"
     return one_line(str(cell))
