@@ -53,12 +53,12 @@ def test_reported_passes_are_the_passes_of_the_model() -> None:
     assert sum(o.backwards for o in outcomes) == backend.counts.backwards
     assert backend.counts.slots == sum(counting.widths)
     assert backend.counts.calls == len(counting.widths)
-    assert set(counting.widths) == {16}
+    assert set(counting.widths) <= {4, 8, 12, 16}
 
 
 def test_batches_have_few_shapes_and_little_padding() -> None:
     backend = Backend(network(rows=2)[0], 256)
-    assert all(n <= backend.shape(n) < n + 4 for n in range(16, 257))  # on a CPU every row is paid for
+    assert all(n <= backend.shape(n) < n + 4 for n in range(1, 257))  # on a CPU every row is paid for
     backend.classifier.info["compiled"] = True
     shapes = {backend.shape(n) for n in range(1, 257)}
     assert len(shapes) == 16
