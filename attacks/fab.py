@@ -11,7 +11,7 @@ from robeval.attacks.hyperplanes import shortest_move
 from robeval.core.ball import Ball, per_row
 from robeval.core.catalogue import attack
 from robeval.core.goal import Goal, leads, ranked_rivals
-from robeval.core.questions import Attack, Gradient, Logits
+from robeval.core.questions import Answer, Attack, Gradient, Logits
 from robeval.core.streams import Streams
 
 #: Half the radius at which models are usually compared; random starts lie so far from the image.
@@ -24,7 +24,7 @@ START = {"linf": 4 / 255, "l2": 0.25, "l1": 6.0}
     norms=("linf", "l2", "l1"),
     search="minimal",
     attempts=("restarts", "targets"),
-    presets={"fab-t": {"targets": 9}},
+    presets={"fab-t": {"targets": 9, "bisections": 5}},
 )
 def fab(
     x0: Tensor,
@@ -39,6 +39,7 @@ def fab(
     eta: float = 1.05,
     beta: float = 0.9,
     start_radius: float | None = None,
+    bisections: int = 0,
 ) -> Attack:
     """Goes back and forth over the decision boundary, each time a little closer to the image.
 
@@ -55,6 +56,7 @@ def fab(
         beta: Share of its way from the image that a point beyond the boundary keeps.
         start_radius: Distance of the random starts from the image, in the norm; none means half of eps, and in the
             search for the nearest point 4/255 (linf), 0.25 (l2) or 6 (l1).
+        bisections: Halvings of the last twentieth of the way to the nearest point found, which eta overshoots.
 
     Shapes:
         x0 (n, C, H, W) in [0, 1].
@@ -64,9 +66,10 @@ def fab(
         Croce and Hein 2020, arXiv:1907.02044, algorithm 1, with the targeted form of the AutoAttack code
         (arXiv:2003.01690).
     Departs:
-        Follows the published code: no final line search, and random starts at half of eps. Classes of equal logits are
-        ranked by number. A hyperplane is given by the gap between the logits at the iterate, which spares the rounding
-        of its offset. Points that were pulled back are judged too, so that a distance can only be smaller.
+        Follows the published code: random starts at half of eps, and no final line search unless ``bisections`` asks
+        for one, as fab-t does. Classes of equal logits are ranked by number. A hyperplane is given by the gap between the
+        logits at the iterate, which spares the rounding of its offset. Points that were pulled back are judged too, so
+        that a distance can only be smaller.
     """
     at = yield Logits(x0)
     targets = min(targets, at.logits.shape[1] - 1)
@@ -80,8 +83,19 @@ def fab(
         later = per_row(rng.attempt >= max(targets, 1), x0)
         x = torch.where(later, Ball(ball.norm, radius).surface(x0, rng), x0)
     rows = torch.arange(len(x0), device=x0.device)
+    best, distance = x0, torch.full_like(ball.norm_of(x0), torch.inf)
+
+    def keep(at: Answer) -> Tensor:
+        """Remember x where it is misclassified and the nearest so far. -> (n,) bool, misclassified."""
+        nonlocal best, distance
+        hit, length = at.open & goal.reached(at.logits), ball.norm_of(x - x0)
+        closer = hit & (length < distance)
+        best, distance = torch.where(per_row(closer, x), x, best), torch.where(closer, length, distance)
+        return hit
+
     for _ in range(steps):
         at = yield Gradient(x, leads, args=(classes,))
+        keep(at)
         steepness = ball.dual_norm(at.grad.flatten(0, 1)).view_as(at.loss)
         nearest = (at.loss.abs() / (steepness + 1e-12)).argmin(1)
         gap, w = at.loss[rows, nearest], at.grad[rows, nearest]
@@ -93,5 +107,13 @@ def fab(
         alpha = per_row((far / (far + near)).clamp_max(alpha_max), x)
         x = ((1 - alpha) * (x + eta * to_plane) + alpha * (x0 + eta * from_image)).clamp(0, 1)
         at = yield Logits(x)
-        x = torch.where(per_row(goal.reached(at.logits), x), x0 + beta * (x - x0), x)
+        hit = keep(at)
+        x = torch.where(per_row(hit, x), x0 + beta * (x - x0), x)
+    low = torch.full_like(distance, 0.95)
+    high = torch.ones_like(low)
+    for _ in range(bisections):
+        middle = (low + high) / 2
+        at = yield Logits(x0 + per_row(middle, x) * (best - x0), only=distance.isfinite())
+        hit = at.open & goal.reached(at.logits)
+        low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
     return None

@@ -31,7 +31,7 @@ EPS = {"linf": 0.05, "l2": 0.15, "l1": 0.4}
 #: Attacks that pass through bigger balls on their way; the judge counts nothing there.
 WANDERS = {("apgd", "l1"): 3, ("apgd-t", "l1"): 3}
 #: Questions that an attack asks besides one per step and wave of attempts.
-MORE_QUESTIONS = {"apgd": 4, "apgd-t": 8}
+MORE_QUESTIONS = {"apgd": 4, "apgd-t": 8, "fab-t": 7}
 #: Questions per step: FAB looks at the linearised model and at the new point in two phases.
 QUESTIONS = {"fab": 2, "fab-t": 2}
 #: Minimal-norm attacks come within this factor of the exact distance on a linear model: those that see gradients, and
