@@ -67,9 +67,9 @@ def fab(
         (arXiv:2003.01690).
     Departs:
         Follows the published code: random starts at half of eps, and no final line search unless ``bisections`` asks
-        for one, as fab-t does. Classes of equal logits are ranked by number. A hyperplane is given by the gap between the
-        logits at the iterate, which spares the rounding of its offset. Points that were pulled back are judged too, so
-        that a distance can only be smaller.
+        for one, as fab-t does. Classes of equal logits are ranked by number. A hyperplane is given by the gap between
+        the logits at the iterate, which spares the rounding of its offset. Points that were pulled back are judged too,
+        so that a distance can only be smaller.
     """
     at = yield Logits(x0)
     targets = min(targets, at.logits.shape[1] - 1)
