@@ -81,5 +81,5 @@ def _ratio(theirs: int, ours: int) -> float | None:
 
 
 def quiet_machine() -> None:
-    """One thread, and no spinning of idle ones."""
+    """One thread. Set OMP_WAIT_POLICY=PASSIVE outside, before torch loads."""
     torch.set_num_threads(1)
