@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.counting import Counting, Timed, line, machine
+from robeval.core.memory import keep_freed_memory
 
 #: Paired CPU ratios that lie further apart than this say that the machine was busy.
 NOISY = 0.25
@@ -81,5 +82,6 @@ def _ratio(theirs: int, ours: int) -> float | None:
 
 
 def quiet_machine() -> None:
-    """One thread. Set OMP_WAIT_POLICY=PASSIVE outside, before torch loads."""
+    """One thread, and freed memory is kept, for every tool alike. Set OMP_WAIT_POLICY=PASSIVE outside."""
     torch.set_num_threads(1)
+    keep_freed_memory()

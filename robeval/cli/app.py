@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from robeval import __version__
 from robeval.core.errors import RobevalError
+from robeval.core.memory import keep_freed_memory
 
 #: Command -> (module, panel, summary). A module is imported when its command is asked for.
 COMMANDS = {
@@ -100,6 +101,7 @@ def main() -> None:
     """Run the command line and leave with the documented exit code."""
     # Waiting threads that spin steal time from the others on a shared machine; torch reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
