@@ -64,7 +64,8 @@ def test_o64_one_step_is_the_worst_case_of_a_linear_model(start: str, step_size:
     x = torch.full((3, 1, 2, 2), 0.5, dtype=F64) + torch.linspace(-0.1, 0.1, 3, dtype=F64).reshape(3, 1, 1, 1)
     y, eps = torch.ones(3, dtype=torch.int64), 0.1
     options: Any = {"eps": eps, "steps": 1, "step_size": step_size, "start": start}
-    (loss,) = adv(logistic(w), x, y, streams(3), **options)
+    (objective,) = adv(logistic(w), x, y, streams(3), **options)
+    loss = objective()
     margin = x.flatten(1) @ w
     expected = functional.softplus(-(margin - eps * w.abs().sum())).mean()
     assert abs(float(loss.total.detach() - expected)) < 1e-12
@@ -76,7 +77,7 @@ def test_o65_every_point_stays_in_ball_and_box(norm: str, eps: float, start: str
     model, (x, y) = Spy(cnn()), batch()
     for l2_init in L2_STARTS if norm == "l2" and start == "random" else ["ball"]:
         options: Any = {"norm": norm, "eps": eps, "steps": 4, "start": start, "l2_init": l2_init}
-        list(adv(model, x, y, streams(), **options))
+        [objective() for objective in adv(model, x, y, streams(), **options)]
     assert len(model.points) >= 5
     for point in model.points:
         away = (point - x).flatten(1)
@@ -100,8 +101,8 @@ def test_l2_starts_have_their_radii() -> None:
 def test_o17_passes() -> None:
     model, (x, y) = cnn(), batch()
     with counting(model) as passes:
-        (loss,) = adv(model, x, y, streams(), steps=10)
-        fill_gradients(list(model.parameters()), loss)
+        (objective,) = adv(model, x, y, streams(), steps=10)
+        fill_gradients(list(model.parameters()), objective)
     assert (passes.forward, passes.backward) == (8 * 11, 8 * 11)
 
 
@@ -115,7 +116,7 @@ def test_o68_crafting_leaves_the_running_statistics(mode: Any) -> None:
     assert all(m.training for m in model.modules())
     for craft in (mode, "train"):
         one = cnn(batchnorm=True).train()
-        list(adv(one, x, y, streams(), steps=3, craft=craft))
+        [objective() for objective in adv(one, x, y, streams(), steps=3, craft=craft)]
         assert int(one.state_dict()["1.num_batches_tracked"]) == (1 if craft != "train" else 4)
 
 
@@ -143,7 +144,7 @@ def test_o69_helpers_leave_parameter_gradients_alone(filled: bool) -> None:
     exact_hvp(g, leaf, torch.ones_like(x))
     fd_hvp(lambda at: input_grad(model, at, y)[1], x, torch.ones_like(x), 0.01)
     input_grad(model, x, y, keep_graph=True)
-    list(adv(model, x, y, streams(), steps=2))
+    [objective() for objective in adv(model, x, y, streams(), steps=2)]
     for p in model.parameters():
         assert p.requires_grad
         assert torch.equal(p.grad, torch.full_like(p, 7.0)) if filled else p.grad is None  # type: ignore[arg-type]

@@ -78,7 +78,8 @@ DRAWS = (torch.tensor([[[[1.0, 2.0]]]], dtype=F64), torch.tensor([0.5], dtype=F6
 )
 def test_o05_golden_value(norm: str, hvp: str, expected: float, tolerance: float) -> None:
     options: Any = {"norm": norm, "eps": 0.1, "init": "zero", "hvp": hvp}
-    (loss,) = soar(Logistic(0.6, -0.8), *GOLDEN, Fixed(*DRAWS), **options)  # type: ignore[arg-type]
+    (objective,) = soar(Logistic(0.6, -0.8), *GOLDEN, Fixed(*DRAWS), **options)  # type: ignore[arg-type]
+    loss = objective()
     assert abs(float(loss.logs["penalty"]) / expected - 1) < tolerance
     assert abs(float(loss.total.detach()) - 0.7981388694 - float(loss.logs["penalty"])) < 1e-9
 
@@ -230,14 +231,14 @@ def test_o16_start(norm: str, eps: float, init: str) -> None:
 def test_o17_passes(options: dict[str, Any], forward: int, backward: int) -> None:
     model, (x, y, rng) = softplus_cnn(), batch(6, 2, 5, 5)
     with counting(model) as passes:
-        (loss,) = soar(model, x, y, rng, **options)
-        fill_gradients(list(model.parameters()), loss)
+        (objective,) = soar(model, x, y, rng, **options)
+        fill_gradients(list(model.parameters()), objective)
     assert (passes.forward, passes.backward) == (6 * forward, 6 * backward)
 
 
 def gradient_of(model: nn.Module, x: Tensor, y: Tensor, rng: Any, **options: Any) -> tuple[float, Tensor]:
-    (loss,) = soar(model, x, y, rng, **options)
-    logs = fill_gradients(list(model.parameters()), loss)
+    (objective,) = soar(model, x, y, rng, **options)
+    logs = fill_gradients(list(model.parameters()), objective)
     return logs["loss"], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -264,10 +265,11 @@ def test_o19_clip_modes() -> None:
     assert torch.allclose(at_limit[1], plain[1], rtol=1e-6, atol=1e-6)
     value = gradient_of(model, x, y, Fixed(*gaussian(4, 2, 5, 5)), init="zero", clip_on="value")
     assert abs(value[0] - plain[0] - 10) < 1e-6
-    (loss,) = soar(model, x, y, rng, init="zero", clip_on="grad")
-    logs = fill_gradients(list(model.parameters()), loss)
+    (objective,) = soar(model, x, y, rng, init="zero", clip_on="grad")
+    logs = fill_gradients(list(model.parameters()), objective)
     with_penalty = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert float((with_penalty - plain[1]).norm()) == pytest.approx(10, abs=1e-6)
     assert logs["gradient_clipped"] == 1
-    (loss,) = soar(model, x, y, rng, init="zero")
+    (objective,) = soar(model, x, y, rng, init="zero")
+    loss = objective()
     assert float(loss.logs["clipped"]) == 1

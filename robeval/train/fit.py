@@ -18,11 +18,12 @@ from robeval.train import resume
 from robeval.train.augment import augment
 from robeval.train.epoch import OnNotice, OnProgress, Run, end_epoch
 from robeval.train.log import write_log
+from robeval.train.memory import Memory
 from robeval.train.passes import counting
 from robeval.train.recipe import Recipe, make_optimizer
 from robeval.train.resume import State, identity_of
 from robeval.train.schedules import schedule
-from robeval.train.step import fill_gradients
+from robeval.train.step import fill_gradients, objectives
 from robeval.train.warnings import Notice, before_training
 
 
@@ -151,11 +152,14 @@ def _train_epoch(run: Run) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.lr * factor(count)
         run.module.train()
+        memory = Memory(state.memory, rows, state.epoch, count, run.batches, recipe.epochs, recipe.seed, run.train)
         # Dropout draws from the global generator; seeding it for the step makes a resumed run draw the same.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), counting(run.module) as passes:
             torch.manual_seed(recipe.seed * 1_000_003 + count)
-            for loss in run.trainer(run.module, x, run.train.y[rows], rng, **run.method.settings):
-                logs = fill_gradients(parameters, loss, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
+            for objective in objectives(
+                run.trainer, run.module, x, run.train.y[rows], rng, run.method.settings, memory
+            ):
+                logs = fill_gradients(parameters, objective, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
                 run.optimizer.step()
                 state.step += 1
                 _add(state.sums, {f"sum {k}": v * len(ids) for k, v in logs.items()} | {"images": len(ids)})

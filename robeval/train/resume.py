@@ -33,6 +33,7 @@ class State:
         best_score: What it was chosen by.
         previous: Weights after the epoch before, for a method that may have to go back.
         guard: Robust accuracy on the first batch after the epoch before.
+        memory: What the method keeps from one mini-batch to the next.
         notices: Warnings as [code, epoch, text].
         stopped: Why training ended early, or empty.
         done: Training is over.
@@ -51,6 +52,7 @@ class State:
     best_score: list[float] = field(default_factory=list)
     previous: dict[str, Tensor] = field(default_factory=dict)
     guard: float | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
     notices: list[list[Any]] = field(default_factory=list)
     stopped: str = ""
     done: bool = False

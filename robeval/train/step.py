@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robeval.core.errors import ContractBroken
+from robeval.core.streams import Streams
+from robeval.train.memory import Memory
 
 
 @dataclass
 class Loss:
-    """One optimiser step.
+    """What one optimiser step descends.
 
     Args:
         total: Scalar that the step descends.
@@ -28,8 +32,26 @@ class Loss:
     apart_limit: float = float("inf")
 
 
-#: A trainer: one mini-batch in, one :class:`Loss` per optimiser step out.
-Trainer = Callable[..., Generator[Loss, None, None]]
+#: The loss as a function of the present weights; everything that was crafted or drawn is a constant in it, so that it
+#: can be evaluated again at other weights.
+Objective = Callable[[], Loss]
+#: A trainer: one mini-batch in, one :data:`Objective` per optimiser step out.
+Trainer = Callable[..., Generator[Objective, None, None]]
+
+
+def objectives(
+    trainer: Trainer,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    rng: Streams,
+    settings: Mapping[str, Any],
+    memory: Memory | None = None,
+) -> Iterator[Objective]:
+    """Start a trainer on a mini-batch; one that names ``memory`` as its fifth argument is given it."""
+    if "memory" in inspect.signature(trainer).parameters:
+        return trainer(model, x, y, rng, Memory() if memory is None else memory, **settings)
+    return trainer(model, x, y, rng, **settings)
 
 
 def accuracy(z: Tensor, y: Tensor) -> Tensor:
@@ -37,12 +59,13 @@ def accuracy(z: Tensor, y: Tensor) -> Tensor:
     return (z.detach().argmax(1) == y).to(z.dtype).mean()
 
 
-def fill_gradients(parameters: list[nn.Parameter], loss: Loss, where: str = "") -> dict[str, float]:
-    """Put the gradient of a loss into ``.grad`` and return its logs as numbers.
+def fill_gradients(parameters: list[nn.Parameter], objective: Objective, where: str = "") -> dict[str, float]:
+    """Put the gradient of an objective into ``.grad`` and return its logs as numbers.
 
     Raises:
         ContractBroken: the loss is NaN or infinite; the parameters are then still as they were.
     """
+    loss = objective()
     logs = {name: float(value) for name, value in loss.logs.items()}
     logs["loss"] = float(loss.total.detach()) + (0.0 if loss.apart is None else float(loss.apart.detach()))
     if not torch.isfinite(torch.tensor(logs["loss"])):

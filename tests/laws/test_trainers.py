@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from robeval.core import catalogue
 from robeval.core.streams import Streams
 from robeval.train.passes import counting
-from robeval.train.step import accuracy, fill_gradients
+from robeval.train.memory import Memory
+from robeval.train.step import accuracy, fill_gradients, objectives
 
 TRAINERS = catalogue.methods("trainers")
 EPS = 0.05
@@ -50,11 +51,12 @@ def run(name: str, norm: str, steps: int = 3, start: nn.Module | None = None) ->
     model.train()
     function, settings = TRAINERS[name].load(), options(name, norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if start is None else 0.1, momentum=0.9)
-    losses = []
+    losses, memory = [], Memory(ids=torch.arange(len(x)), epochs=steps)
     for step in range(steps):
         rng = Streams(7, range(len(x)), name, [step] * len(x), dtype=x.dtype)
-        for loss in function(model, x, y, rng, **settings):
-            losses.append(fill_gradients(list(model.parameters()), loss)["loss"])
+        memory.epoch = memory.step = step
+        for objective in objectives(function, model, x, y, rng, settings, memory):
+            losses.append(fill_gradients(list(model.parameters()), objective)["loss"])
             optimizer.step()
     return losses, model
 
@@ -86,8 +88,9 @@ def test_modes_and_gradients_are_left_as_they_were(name: str, norm: str) -> None
     before = {k: v.clone() for k, v in model.state_dict().items()}
     given = x.clone()
     rng = Streams(7, range(len(x)), name, dtype=x.dtype)
-    losses = iter(TRAINERS[name].load()(model, x, y, rng, **options(name, norm)))
-    first = next(losses)
+    steps = objectives(TRAINERS[name].load(), model, x, y, rng, options(name, norm), Memory(ids=torch.arange(len(x))))
+    objective = next(steps)
+    first = objective()
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(x, given)
@@ -109,8 +112,10 @@ def test_o73_a_sample_without_gradient_does_no_harm(name: str, norm: str) -> Non
     x = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4), torch.zeros(1, 4, 4)]).double()
     y = torch.tensor([0, 1, 2])
     rng = Streams(0, range(3), name, dtype=x.dtype)
-    for loss in TRAINERS[name].load()(model, x, y, rng, **options(name, norm)):
-        logs = fill_gradients(list(model.parameters()), loss)
+    for objective in objectives(
+        TRAINERS[name].load(), model, x, y, rng, options(name, norm), Memory(ids=torch.arange(len(x)))
+    ):
+        logs = fill_gradients(list(model.parameters()), objective)
         assert all(torch.isfinite(torch.tensor(v)) for v in logs.values())
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -123,8 +128,9 @@ def test_an_image_draws_the_same_whatever_the_batch(name: str, norm: str) -> Non
 
     def loss_of(rows: slice) -> float:
         rng = Streams(7, list(range(len(x)))[rows], name, dtype=x.dtype)
-        loss = next(iter(TRAINERS[name].load()(model, x[rows], y[rows], rng, **options(name, norm))))
-        return float(loss.total.detach())
+        memory = Memory(ids=torch.arange(len(x))[rows])
+        steps = objectives(TRAINERS[name].load(), model, x[rows], y[rows], rng, options(name, norm), memory)
+        return float(next(steps)().total.detach())
 
     halves = (loss_of(slice(0, 12)) + loss_of(slice(12, 24))) / 2
     assert halves == pytest.approx(loss_of(slice(0, 24)), rel=1e-10)
@@ -135,8 +141,9 @@ def test_every_step_costs_at_least_one_pass_each_way(name: str, norm: str) -> No
     model, x, y = problem()
     with counting(model) as passes:
         rng = Streams(7, range(len(x)), name, dtype=x.dtype)
-        for loss in TRAINERS[name].load()(model, x, y, rng, **options(name, norm)):
-            fill_gradients(list(model.parameters()), loss)
+        memory = Memory(ids=torch.arange(len(x)))
+        for objective in objectives(TRAINERS[name].load(), model, x, y, rng, options(name, norm), memory):
+            fill_gradients(list(model.parameters()), objective)
     assert passes.forward >= len(x)
     assert passes.backward >= len(x)
     assert passes.forward % len(x) == passes.backward % len(x) == 0
@@ -184,10 +191,12 @@ def on_blobs(name: str, seed: int, *, lr: float = 0.5, count: int = 100, start: 
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     own = {s.name for s in TRAINERS[name].settings}
     settings = TRAINERS[name].bind({k: v for k, v in given.items() if k in own})
+    memory = Memory(ids=torch.arange(len(x)), epochs=count)
     for step in range(count):
         rng = Streams(seed, range(len(x)), name, [step] * len(x))
-        for loss in TRAINERS[name].load()(model, x, y, rng, **settings):
-            fill_gradients(list(model.parameters()), loss)
+        memory.epoch = memory.step = step
+        for objective in objectives(TRAINERS[name].load(), model, x, y, rng, settings, memory):
+            fill_gradients(list(model.parameters()), objective)
             optimizer.step()
     test_x, test_y = blobs(seed + 100, 500)
     weight = (layer.weight[1] - layer.weight[0]).detach()

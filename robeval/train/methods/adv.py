@@ -17,7 +17,7 @@ from robeval.core.streams import Streams
 from robeval.engine.drive import drive
 from robeval.train.modes import bn_mode
 from robeval.train.starts import starting
-from robeval.train.step import Loss, accuracy
+from robeval.train.step import Loss, Objective, accuracy
 
 
 @trainer(
@@ -40,7 +40,7 @@ def adv(
     start: Literal["random", "zero"] = "random",
     l2_init: Literal["ball", "radius", "sphere", "image", "cube"] = "ball",
     craft: Literal["eval", "train", "train_noupdate"] = "eval",
-) -> Iterator[Loss]:
+) -> Iterator[Objective]:
     """Cross-entropy on images that projected gradient ascent made, and on those only.
 
     Every mini-batch is attacked with the house's own PGD for the given number of steps; the point where it ends is
@@ -72,5 +72,9 @@ def adv(
             x, goal, starting(ball, l2_init), rng, steps=steps, step_size=step_size, random_start=start == "random"
         )
         x_adv = drive(attack, model, goal)
-    z = model(x_adv)
-    yield Loss(per_sample_loss(z, y, "ce").mean(), {"train_accuracy": accuracy(z, y)})
+
+    def objective() -> Loss:
+        z = model(x_adv)
+        return Loss(per_sample_loss(z, y, "ce").mean(), {"train_accuracy": accuracy(z, y)})
+
+    yield objective

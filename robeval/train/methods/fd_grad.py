@@ -15,7 +15,7 @@ from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
 from robeval.train.gradients import unit_direction
 from robeval.train.modes import bn_mode, differs_in_training, fp32_exact
-from robeval.train.step import Loss, accuracy
+from robeval.train.step import Loss, Objective, accuracy
 
 
 @trainer(
@@ -45,7 +45,7 @@ def fd_grad(
     l1_rescale: bool = False,
     loss: Literal["ce", "cw", "cw_prob"] = "ce",
     batchnorm: Literal["frozen", "train"] = "frozen",
-) -> Iterator[Loss]:
+) -> Iterator[Objective]:
     """The loss plus the norm of its input gradient, measured by one finite difference along the gradient.
 
     The gradient's own direction is a constant, so the change of the loss along it is its norm, and one ordinary
@@ -80,23 +80,27 @@ def fd_grad(
         raise UsageError(f"order of fd-grad must be 1 or 2, got {order}", code="A04")
     dual = DUAL[norm] if grad_norm == "dual" else grad_norm
     apart = batchnorm == "frozen" and differs_in_training(model)
-    with fp32_exact(), torch.enable_grad():
-        z_clean = model(x) if apart else None
-        with bn_mode(model, "eval" if apart else "train"):
-            points = x.detach().requires_grad_()
-            z = model(points)
-            at = per_sample_loss(z, y, loss)
-            (g,) = torch.autograd.grad(at.sum(), points, retain_graph=True)
-            d = unit_direction(g, dual)
-            ahead = per_sample_loss(model(x + h * d), y, loss)
-            if order == 2:
-                change = (ahead - per_sample_loss(model(x - h * d), y, loss)) / (2 * h)
-            else:
-                change = (ahead - at) / h
-        # A sample with a zero gradient has d = 0; in floating point the two losses are then the same number.
-        if dual == "l1" and l1_rescale:
-            change = change * x[0].numel() ** 0.5
-        penalty = change.square().mean() / 2 if squared else change.abs().mean()
-        clean = at if z_clean is None else per_sample_loss(z_clean, y, loss)
-        total = clean.mean() + weight * penalty
-    yield Loss(total, {"train_accuracy": accuracy(z, y), "penalty": weight * penalty.detach()})
+
+    def objective() -> Loss:
+        with fp32_exact(), torch.enable_grad():
+            z_clean = model(x) if apart else None
+            with bn_mode(model, "eval" if apart else "train"):
+                points = x.detach().requires_grad_()
+                z = model(points)
+                at = per_sample_loss(z, y, loss)
+                (g,) = torch.autograd.grad(at.sum(), points, retain_graph=True)
+                d = unit_direction(g, dual)
+                ahead = per_sample_loss(model(x + h * d), y, loss)
+                if order == 2:
+                    change = (ahead - per_sample_loss(model(x - h * d), y, loss)) / (2 * h)
+                else:
+                    change = (ahead - at) / h
+            # A sample with a zero gradient has d = 0; in floating point the two losses are then the same number.
+            if dual == "l1" and l1_rescale:
+                change = change * x[0].numel() ** 0.5
+            penalty = change.square().mean() / 2 if squared else change.abs().mean()
+            clean = at if z_clean is None else per_sample_loss(z_clean, y, loss)
+            total = clean.mean() + weight * penalty
+        return Loss(total, {"train_accuracy": accuracy(z, y), "penalty": weight * penalty.detach()})
+
+    yield objective

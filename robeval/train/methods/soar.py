@@ -16,7 +16,7 @@ from robeval.core.streams import Streams
 from robeval.train.gradients import exact_hvp, fd_hvp, inner, input_grad, safe_l2
 from robeval.train.modes import bn_mode, fp32_exact
 from robeval.train.starts import soar_start
-from robeval.train.step import Loss, accuracy
+from robeval.train.step import Loss, Objective, accuracy
 
 
 def kappa(norm: str, eps: float, size: int) -> float:
@@ -82,7 +82,7 @@ def soar(
     clip_on: Literal["norm", "value", "grad", "none"] = "norm",
     clip: float = 10.0,
     batchnorm: Literal["refuse", "frozen", "train"] = "refuse",
-) -> Iterator[Loss]:
+) -> Iterator[Objective]:
     """A bound on the worst case of the loss's second-order expansion, added to the loss.
 
     Around a start x' the augmented Hessian of the loss is multiplied with Gaussian vectors; the length of the product
@@ -121,23 +121,23 @@ def soar(
         raise UsageError(f"samples of soar must be at least 1, got {samples}", code="A04")
     start = soar_start(model, x, y, rng, init=init, norm=norm, eps=eps).detach().requires_grad_()
     k = kappa(norm, eps / 2 if split and init != "zero" else eps, x[0].numel())
-    with fp32_exact(), bn_mode(model, "train" if batchnorm == "train" else "eval"), torch.enable_grad():
-        z = model(start)
-        loss = per_sample_loss(z, y, "ce")
-        (g,) = torch.autograd.grad(loss.sum(), start, create_graph=True)
-        lengths = []
-        for _ in range(samples):
-            zd, z1 = rng.normal(*x.shape[1:]), rng.normal()
-            lengths.append(hz_length(model, start, y, g, zd, z1, hvp=hvp, h=h))
-    length = torch.stack(lengths)  # (samples, n)
-    raw = k * length
-    limited = {"norm": k * length.clamp_max(clip), "value": raw.clamp_max(clip)}.get(clip_on, raw)
-    over = length if clip_on == "norm" else raw
-    penalty = weight * limited.mean()
-    logs: dict[str, Tensor | float] = {"train_accuracy": accuracy(z, y), "penalty": penalty.detach()}
-    if clip_on in ("norm", "value"):
-        logs["clipped"] = (over > clip).to(x.dtype).mean()
-    if clip_on == "grad":
-        yield Loss(loss.mean(), logs, apart=penalty, apart_limit=clip)
-    else:
-        yield Loss(loss.mean() + penalty, logs)
+    draws = [(rng.normal(*x.shape[1:]), rng.normal()) for _ in range(samples)]
+
+    def objective() -> Loss:
+        with fp32_exact(), bn_mode(model, "train" if batchnorm == "train" else "eval"), torch.enable_grad():
+            z = model(start)
+            loss = per_sample_loss(z, y, "ce")
+            (g,) = torch.autograd.grad(loss.sum(), start, create_graph=True)
+            length = torch.stack([hz_length(model, start, y, g, zd, z1, hvp=hvp, h=h) for zd, z1 in draws])
+        raw = k * length
+        limited = {"norm": k * length.clamp_max(clip), "value": raw.clamp_max(clip)}.get(clip_on, raw)
+        over = length if clip_on == "norm" else raw
+        penalty = weight * limited.mean()
+        logs: dict[str, Tensor | float] = {"train_accuracy": accuracy(z, y), "penalty": penalty.detach()}
+        if clip_on in ("norm", "value"):
+            logs["clipped"] = (over > clip).to(x.dtype).mean()
+        if clip_on == "grad":
+            return Loss(loss.mean(), logs, apart=penalty, apart_limit=clip)
+        return Loss(loss.mean() + penalty, logs)
+
+    yield objective

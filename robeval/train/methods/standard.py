@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robeval.core.catalogue import trainer
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
-from robeval.train.step import Loss, accuracy
+from robeval.train.step import Loss, Objective, accuracy
 
 
 @trainer(
@@ -19,7 +19,7 @@ from robeval.train.step import Loss, accuracy
     aliases=("clean", "natural", "undefended"),
     passes={"forward": 1, "backward": 1},
 )
-def standard(model: nn.Module, x: Tensor, y: Tensor, rng: Streams) -> Iterator[Loss]:
+def standard(model: nn.Module, x: Tensor, y: Tensor, rng: Streams) -> Iterator[Objective]:
     """Cross-entropy on the clean images.
 
     The mean cross-entropy of the mini-batch is descended, nothing else. It is the start that SOAR needs and the
@@ -34,5 +34,9 @@ def standard(model: nn.Module, x: Tensor, y: Tensor, rng: Streams) -> Iterator[L
     Departs:
         Nothing.
     """
-    z = model(x)
-    yield Loss(per_sample_loss(z, y, "ce").mean(), {"train_accuracy": accuracy(z, y)})
+
+    def objective() -> Loss:
+        z = model(x)
+        return Loss(per_sample_loss(z, y, "ce").mean(), {"train_accuracy": accuracy(z, y)})
+
+    yield objective
