@@ -142,8 +142,8 @@ def main() -> None:
         for norm in norms:
             if options.attack not in (None, name) or options.norm not in (None, norm):
                 continue
-            # Ours judges one more point than it takes steps, so it takes one step less.
-            budget: dict[str, Any] = {"steps": options.steps - (name in ("ddn", "fmn"))}
+            # The same schedule for all: an equal number of gradients, while ours judges one more point with ddn and fmn.
+            budget: dict[str, Any] = {"steps": options.steps}
             if name == "cw-l2":
                 budget = {"iterations": options.iterations, "searches": options.searches}
             steps = options.iterations if name == "cw-l2" else options.steps

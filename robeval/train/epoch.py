@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robeval.core.ball import Ball
 from robeval.core.catalogue import Spec
 from robeval.core.errors import ContractBroken
 from robeval.core.images import Images
 from robeval.train import resume
-from robeval.train.measure import measure, pgd_accuracy
+from robeval.train.average import Average
+from robeval.train.measure import accuracy_on_both, measure, pgd_accuracy, transferred
 from robeval.train.recipe import Recipe
 from robeval.train.resume import State, copied
 from robeval.train.step import Trainer
@@ -43,6 +44,9 @@ class Run:
     save_steps: int
     on_progress: OnProgress | None
     on_notice: OnNotice | None
+    surrogate: nn.Module | None = None
+    transfers: Tensor | None = None  # PGD images of the surrogate; they never change
+    average: Average | None = None
 
     @property
     def batches(self) -> int:
@@ -55,6 +59,8 @@ class Run:
     def snapshot(self) -> None:
         self.state.weights = self.module.state_dict()
         self.state.optimizer = self.optimizer.state_dict()
+        if self.average is not None:
+            self.state.averaged, self.state.averaged_count = self.average.tensors, self.average.count
         resume.save(self.file, self.state)
 
     def notice(self, found: list[Notice]) -> list[Notice]:
@@ -83,13 +89,20 @@ def end_epoch(run: Run) -> None:
     row |= {k.removeprefix("sum "): v / sums["images"] for k, v in sums.items() if k.startswith("sum ")}
     row |= {"forward_per_step": sums["forward"] / sums["seen"], "backward_per_step": sums["backward"] / sums["seen"]}
     many = 2 * recipe.batch_size  # no parameter gradients, so twice the batch fits
-    row |= measure(run.module, run.watched, ball, seed=recipe.seed, batch_size=many)
+    how: dict[str, Any] = {"seed": recipe.seed, "batch_size": many}
+    row |= measure(run.module, run.watched, ball, **how)
+    if run.robust and run.surrogate is not None:
+        if run.transfers is None:
+            run.transfers = transferred(run.surrogate, run.watched, ball, **how)
+        row["transfer_accuracy"] = accuracy_on_both(run.module, run.watched, run.transfers, batch_size=many)
+    averaged = _averaged(run)
+    if averaged is not None:
+        told = measure(averaged, run.watched, ball, **how)
+        row |= {f"averaged_{name}": told[name] for name in ("clean_accuracy", "pgd20_accuracy")}
     collapsed = False
     if run.robust:
         guard = Guard(last=state.guard)
-        row["first_batch_accuracy"] = pgd_accuracy(
-            run.module, run.first, ball, seed=recipe.seed, batch_size=many, fast=True
-        )
+        row["first_batch_accuracy"] = pgd_accuracy(run.module, run.first, ball, fast=True, **how)
         collapsed = guard.fell(row["first_batch_accuracy"])
         state.guard = guard.last
     row["seconds"] = sums["seconds"] + time.monotonic() - began
@@ -104,13 +117,26 @@ def end_epoch(run: Run) -> None:
     state.rows.append(row)
     run.notice(found)
     if not collapsed:
-        score = [row["pgd20_accuracy"], row["clean_accuracy"]]
+        chosen, prefix = (run.module, "") if averaged is None else (averaged, "averaged_")
+        score = [row[prefix + "pgd20_accuracy"], row[prefix + "clean_accuracy"]]
         if not (run.robust if recipe.select_on == "auto" else recipe.select_on == "robust"):
             score.reverse()
         if score > state.best_score:
-            state.best, state.best_epoch, state.best_score = copied(run.module.state_dict()), state.epoch + 1, score
-        if run.robust:
-            state.previous = copied(run.module.state_dict())
+            state.best, state.best_epoch, state.best_score = copied(chosen.state_dict()), state.epoch + 1, score
+        if run.robust or averaged is not None:
+            state.previous = copied(chosen.state_dict())
     state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
     state.done = collapsed or state.epoch >= recipe.epochs
     run.snapshot()
+
+
+def _averaged(run: Run) -> nn.Module | None:
+    """The network with averaged weights, once there are any."""
+    if run.average is None:
+        return None
+    mean_of_epochs = run.average.decay is None
+    if mean_of_epochs and run.state.epoch + 1 > run.recipe.average_start * run.recipe.epochs:
+        run.average.update(run.module)
+    if not run.average.count:
+        return None
+    return run.average.network(run.module, run.train if mean_of_epochs else None, run.recipe.batch_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from robeval.core.images import Images
 from robeval.core.streams import Streams
 from robeval.train import resume
 from robeval.train.augment import augment
+from robeval.train.average import Average
+from robeval.train.awp import perturbed_weights
 from robeval.train.epoch import OnNotice, OnProgress, Run, end_epoch
 from robeval.train.log import write_log
 from robeval.train.memory import Memory
@@ -23,7 +27,7 @@ from robeval.train.passes import counting
 from robeval.train.recipe import Recipe, make_optimizer
 from robeval.train.resume import State, identity_of
 from robeval.train.schedules import schedule
-from robeval.train.step import fill_gradients, objectives
+from robeval.train.step import Objective, fill_gradients, objectives
 from robeval.train.warnings import Notice, before_training
 
 
@@ -60,6 +64,7 @@ def fit(
     validation: Images | None = None,
     device: torch.device | str = "cpu",
     pretrained: bool = False,
+    surrogate: nn.Module | None = None,
     save_steps: int = 200,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
@@ -75,9 +80,12 @@ def fit(
         method: A trainer with its settings, from ``catalogue.parse("trainers", ...)``.
         folder: Where ``state.pt`` and ``log.csv`` go.
         recipe: Settings of the loop.
-        validation: Held-out training images for the log and the selection; without them the first training batch.
+        validation: Held-out training images for the log and the selection (test images with ``select_from=test``);
+            without them the first training batch.
         device: Where to train.
-        pretrained: The weights come from an earlier training.
+        pretrained: The weights come from an earlier training; they then serve as the surrogate too.
+        surrogate: Another network, whose PGD images are tried on this one after each epoch: what resists its own
+            gradients and not these has masked gradients.
         save_steps: Steps between two writes of the state inside an epoch.
         on_progress: Called with steps done, steps in all, and a short text.
         on_notice: Called with each new warning.
@@ -89,11 +97,16 @@ def fit(
     """
     recipe = recipe or Recipe()
     before = before_training(method, module, pretrained)
+    if recipe.select_from == "test":
+        text = "epochs are chosen on test images: every number on them is optimistic (test-selected)"
+        before.append(Notice("TEST_SELECTED", 0, text))
     prints = {
         "training images": train.fingerprint,
         "validation images": validation.fingerprint if validation else "none",
     }
     prints["starting weights"] = weights_fingerprint(module.state_dict(), repr(module))
+    if surrogate is None and pretrained:
+        surrogate = copy.deepcopy(module)
     identity = identity_of(method.method.name, method.settings, recipe, **prints)
     module.to(device)
     for stale in folder.glob(".*.tmp"):
@@ -115,6 +128,7 @@ def fit(
         save_steps,
         on_progress,
         on_notice,
+        None if surrogate is None else surrogate.to(device),
     )
     resumed = "no" if saved is None else "finished" if saved.done else "yes"
     if saved is None:
@@ -122,6 +136,11 @@ def fit(
     else:
         module.load_state_dict(saved.weights)
         run.optimizer.load_state_dict(saved.optimizer)
+    if recipe.average != "none":
+        decay = recipe.average_decay if recipe.average == "ema" else None
+        run.average = Average(decay, run.state.averaged, run.state.averaged_count)
+        if decay is not None and not run.average.count:
+            run.average.update(module)
     while not run.state.done:
         _train_epoch(run)
         end_epoch(run)
@@ -159,9 +178,7 @@ def _train_epoch(run: Run) -> None:
             for objective in objectives(
                 run.trainer, run.module, x, run.train.y[rows], rng, run.method.settings, memory
             ):
-                logs = fill_gradients(parameters, objective, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
-                run.optimizer.step()
-                state.step += 1
+                logs = _step(run, parameters, objective)
                 _add(state.sums, {f"sum {k}": v * len(ids) for k, v in logs.items()} | {"images": len(ids)})
         seconds = time.monotonic() - began
         _add(state.sums, {"forward": passes.forward, "backward": passes.backward, "seen": len(ids), "seconds": seconds})
@@ -171,6 +188,21 @@ def _train_epoch(run: Run) -> None:
             run.on_progress(count + 1, recipe.epochs * run.batches, text)
         if run.save_steps and (state.batch % run.save_steps == 0) and state.batch < run.batches:
             run.snapshot()
+
+
+def _step(run: Run, parameters: list[nn.Parameter], objective: Objective) -> dict[str, float]:
+    """One step of the optimiser, at perturbed weights where the recipe asks for that. -> the objective's logs."""
+    recipe, state = run.recipe, run.state
+    perturbs = recipe.awp > 0 and state.epoch >= recipe.awp_warmup
+    with perturbed_weights(run.module, objective, recipe.awp) if perturbs else nullcontext(objective) as descended:
+        logs = fill_gradients(parameters, descended, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
+        if recipe.clip_gradient:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip_gradient)
+        run.optimizer.step()
+    if run.average is not None and run.average.decay is not None:
+        run.average.update(run.module)
+    state.step += 1
+    return logs
 
 
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:
@@ -188,6 +220,8 @@ def _choose(run: Run, resumed: str) -> FitResult:
     elif state.stopped:
         run.module.load_state_dict(state.previous)
         epoch -= 1
+    elif run.average is not None and state.previous:
+        run.module.load_state_dict(state.previous)
     run.module.eval()
     for p in run.module.parameters():
         p.grad = None

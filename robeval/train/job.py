@@ -35,6 +35,7 @@ class Job:
         normalise: ``data`` (mean and standard deviation of the training images), ``none``, ``per-image``, or the two.
         weights: Starting weights, ``he`` or ``torch``.
         init_from: A model file whose weights, architecture and normalisation are taken; empty for none.
+        surrogate: A model file for the test of transferred images after each epoch; empty for ``init_from``.
         held_out: Training images held out for log and selection; None for a tenth, at most 1,000; 0 for none.
         fresh: Throw an unfinished or finished training of this file away.
         device: Where to train.
@@ -49,6 +50,7 @@ class Job:
     normalise: Any = "data"
     weights: str = "he"
     init_from: str = ""
+    surrogate: str = ""
     held_out: int | None = None
     fresh: bool = False
     device: str = "cpu"
@@ -68,13 +70,19 @@ def default_model(shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
 
 
 def run_job(
-    job: Job, images: Images, *, on_progress: OnProgress | None = None, on_notice: OnNotice | None = None
+    job: Job,
+    images: Images,
+    test: Images | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
 ) -> FitResult:
     """Train and write the model file; resumes, or finds everything done.
 
     Args:
         job: What to train.
         images: The training split.
+        test: The test split, for a recipe with ``select_from=test``.
         on_progress: See :func:`robeval.train.fit.fit`.
         on_notice: See :func:`robeval.train.fit.fit`.
 
@@ -97,9 +105,13 @@ def run_job(
             normalise = data_normalisation(images.x)
         module = seeded(lambda: build(name, normalise=normalise, **arguments), job.recipe.seed, job.weights)
     count = min(1000, len(images) // 10) if job.held_out is None else job.held_out
-    train, validation = holdout(images, count) if count else (images, None)
+    if job.recipe.select_from == "test":
+        count, train, validation = 0, images, test
+    else:
+        train, validation = holdout(images, count) if count else (images, None)
     if job.fresh and job.folder.is_dir():
         shutil.rmtree(job.folder)
+    surrogate: Any = load(job.surrogate).module if job.surrogate else None
     result = fit(
         module,
         train,
@@ -109,6 +121,7 @@ def run_job(
         validation=validation,
         device=job.device,
         pretrained=bool(job.init_from),
+        surrogate=surrogate,
         on_progress=on_progress,
         on_notice=on_notice,
     )

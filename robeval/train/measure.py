@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import torch
 from torch import Tensor, nn
 
 from robeval.attacks.pgd import pgd
@@ -45,6 +46,28 @@ def pgd_accuracy(
             steps, step_size = (5, ball.eps / 4) if fast else (20, None)
             x_adv = attacked(module, x, y, ball, rng, steps=steps, step_size=step_size)
             right += int(((module(x).argmax(1) == y) & (module(x_adv).argmax(1) == y)).sum())
+    return right / len(images)
+
+
+def transferred(surrogate: nn.Module, images: Images, ball: Ball, *, seed: int, batch_size: int) -> Tensor:
+    """Where PGD with 20 steps ends on another network. -> (N, C, H, W)."""
+    parts = []
+    with frozen(surrogate):
+        for rows in range(0, len(images), batch_size):
+            x, y = images.x[rows : rows + batch_size], images.y[rows : rows + batch_size]
+            parts.append(attacked(surrogate, x, y, ball, _streams(images, rows, batch_size, seed, "pgd"), steps=20))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def accuracy_on_both(module: nn.Module, images: Images, others: Tensor, *, batch_size: int) -> float:
+    """Share of images that are recognised both as they are and in another form, (N, C, H, W)."""
+    right = 0
+    with frozen(module):
+        for rows in range(0, len(images), batch_size):
+            part = slice(rows, rows + batch_size)
+            y = images.y[part]
+            right += int(((module(images.x[part]).argmax(1) == y) & (module(others[part]).argmax(1) == y)).sum())
     return right / len(images)
 
 

@@ -33,6 +33,15 @@ class Recipe:
         norm: Norm of the threat model of the log, of the selection and of the guard.
         eps: Its radius in pixel units.
         seed: Seed of the order of images, of augmentation, of every random draw of the method.
+        clip_gradient: Largest Euclidean norm of the whole parameter gradient of a step; 0 for no limit.
+        awp: Radius gamma of adversarial weight perturbation, relative to each weight tensor's norm; 0 for none. Any
+            method can be trained with it (see :mod:`robeval.train.awp`).
+        awp_warmup: Epochs without it at the beginning.
+        average: ``none``, ``swa`` (mean over epochs) or ``ema`` (exponential mean over steps) of the weights.
+        average_start: Share of the epochs after which ``swa`` begins.
+        average_decay: Weight of the past in ``ema``.
+        select_from: ``held-out`` training images for log and selection, or ``test``, as papers did: the model file
+            then says that its numbers are optimistic.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -51,14 +60,24 @@ class Recipe:
     norm: str = "linf"
     eps: float = 8 / 255
     seed: int = 0
+    clip_gradient: float = 0.0
+    awp: float = 0.0
+    awp_warmup: int = 0
+    average: str = "none"
+    average_start: float = 0.5
+    average_decay: float = 0.999
+    select_from: str = "held-out"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}", code="A04")
-        for name in ("momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay", "clip_gradient", "awp", "awp_warmup"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must be a number >= 0, got {getattr(self, name)}", code="A04")
+        for name in ("average_start", "average_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} must lie in [0, 1), got {getattr(self, name)}", code="A04")
         if not self.lr > 0:
             raise UsageError(f"lr must be a number > 0, got {self.lr}", code="A04")
         for name, known in (
@@ -66,6 +85,8 @@ class Recipe:
             ("augment", KINDS),
             ("select", ("best", "last")),
             ("select_on", ("auto", "robust", "clean")),
+            ("average", ("none", "swa", "ema")),
+            ("select_from", ("held-out", "test")),
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)

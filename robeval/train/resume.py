@@ -31,9 +31,12 @@ class State:
         best: Weights of the best epoch so far.
         best_epoch: Its number, counted from 1; 0 before the first.
         best_score: What it was chosen by.
-        previous: Weights after the epoch before, for a method that may have to go back.
+        previous: Weights (averaged ones, if there are any) after the epoch before, for a method that may have to go
+            back, and for ``select=last`` with an average.
         guard: Robust accuracy on the first batch after the epoch before.
         memory: What the method keeps from one mini-batch to the next.
+        averaged: Averaged parameters and their buffers.
+        averaged_count: Weights that went into the average.
         notices: Warnings as [code, epoch, text].
         stopped: Why training ended early, or empty.
         done: Training is over.
@@ -53,6 +56,8 @@ class State:
     previous: dict[str, Tensor] = field(default_factory=dict)
     guard: float | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    averaged: dict[str, Tensor] = field(default_factory=dict)
+    averaged_count: int = 0
     notices: list[list[Any]] = field(default_factory=list)
     stopped: str = ""
     done: bool = False
@@ -122,7 +127,17 @@ def load(path: Path, identity: dict[str, str], device: torch.device | str) -> St
     return state
 
 
+#: Settings of the loop that earlier versions did not have; at their defaults they are not part of the identity, so that
+#: a training begun with such a version goes on.
+LATER = ("clip_gradient", "awp", "awp_warmup", "average", "average_start", "average_decay", "select_from")
+
+
 def identity_of(method: str, settings: Mapping[str, Any], recipe: Any, **prints: str) -> dict[str, str]:
     """Everything that must agree for a resume, as text by name."""
     named = {f"{method}'s {key}": str(value) for key, value in settings.items()}
-    return {"method": method} | named | {key: str(value) for key, value in asdict(recipe).items()} | prints
+    loop = {
+        key: str(value)
+        for key, value in asdict(recipe).items()
+        if key not in LATER or value != type(recipe).__dataclass_fields__[key].default
+    }
+    return {"method": method} | named | loop | prints

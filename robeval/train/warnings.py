@@ -11,6 +11,9 @@ from robeval.core.catalogue import Spec
 from robeval.core.errors import ContractBroken
 from robeval.train.modes import normalises_over_the_batch
 
+#: White-box PGD may leave at most so much more accuracy than images made on another network.
+TRANSFER_GAP = 0.05
+
 
 @dataclass(frozen=True)
 class Notice:
@@ -79,18 +82,42 @@ def after_epoch(rows: Sequence[Mapping[str, float]], *, robust: bool, size: int,
         classes: Number of classes.
     """
     row, epoch, notices = rows[-1], len(rows), []
-    if robust and (row["confidence_clean"] > 0.999 or row["grad_nonzero"] < 0.5 * size):
+    seen, fooled = "", False
+    if "transfer_accuracy" in row:
+        own, transfer = row["pgd20_accuracy"], row["transfer_accuracy"]
+        fooled = own - transfer > TRANSFER_GAP
+        seen = f", PGD leaves {own:.1%} right and the surrogate's PGD images {transfer:.1%}"
+    if robust and (row["confidence_clean"] > 0.999 or row["grad_nonzero"] < 0.5 * size or fooled):
         notices.append(
             Notice(
                 "GRADIENT_MASKING",
                 epoch,
                 f"mean confidence {row['confidence_clean']:.4f}, {row['grad_nonzero']:.0f} of {size} gradient entries"
-                " are not zero: gradient attacks may fail without robustness; judge with square or a transfer attack",
+                f" are not zero{seen}: gradient attacks may fail without robustness; judge with square or a transfer"
+                " attack",
             )
         )
     if len(rows) >= 3 and all(r.get("clipped", 0.0) > 0.95 for r in rows[-3:]):
         notices.append(
             Notice("SOAR_INERT", epoch, "over 95 % of the images are clipped, where the penalty has no gradient")
+        )
+    if row.get("clean_train_accuracy", 1.0) < row["train_accuracy"]:
+        notices.append(
+            Notice(
+                "LABEL_LEAKING",
+                epoch,
+                f"adversarial training images are recognised better ({row['train_accuracy']:.1%}) than clean ones"
+                f" ({row['clean_train_accuracy']:.1%}): the perturbation may carry the label",
+            )
+        )
+    if robust and epoch >= 5 and row["confidence_clean"] < 1 / classes + 0.05:
+        notices.append(
+            Notice(
+                "UNIFORM",
+                epoch,
+                f"mean confidence is {row['confidence_clean']:.3f}: the network has learnt to say nothing; a smaller"
+                " weight of the penalty, or clean labels",
+            )
         )
     if robust and epoch == 5 and row["train_accuracy"] <= 1 / classes + 0.02:
         notices.append(
