@@ -105,8 +105,14 @@ def activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def pooling(name: str, act: str) -> nn.Module:
-    """A fresh 2x2 pooling layer: ``max``, ``avg``, or ``auto``: max beside ReLU, avg beside smooth activations.
+def pooling(name: str, act: str, size: int = 2, **options: Any) -> nn.Module:
+    """A fresh pooling layer: ``max``, ``avg``, or ``auto``: max beside ReLU, avg beside smooth activations.
+
+    Args:
+        name: Which of the three.
+        act: Name of the activation beside it.
+        size: Height and width of a window in pixels.
+        options: ``stride``, ``padding``, ``ceil_mode`` as torch means them; an average leaves padding out.
 
     Raises:
         UsageError: another name.
@@ -115,7 +121,7 @@ def pooling(name: str, act: str) -> nn.Module:
         raise unknown("pooling", name, ("auto", "max", "avg"))
     if name == "auto":
         name = "max" if act == "relu" else "avg"
-    return nn.MaxPool2d(2) if name == "max" else nn.AvgPool2d(2)
+    return nn.MaxPool2d(size, **options) if name == "max" else nn.AvgPool2d(size, count_include_pad=False, **options)
 
 
 def nonsmooth_layers(module: nn.Module) -> list[str]:

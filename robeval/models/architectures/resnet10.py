@@ -4,33 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from robeval.core.catalogue import architecture
 from robeval.models.activations import activation
-
-
-class Block(nn.Module):
-    """act(conv(act(conv(x))) + shortcut(x)), the shortcut a 1x1 convolution where the shape changes."""
-
-    def __init__(self, inside: int, outside: int, stride: int, act: str, *, bias: bool, bn: bool):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, padding=1, bias=bias)
-        self.bn1 = nn.BatchNorm2d(outside) if bn else nn.Identity()
-        self.act1 = activation(act)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=bias)
-        self.bn2 = nn.BatchNorm2d(outside) if bn else nn.Identity()
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inside != outside:
-            self.shortcut.append(nn.Conv2d(inside, outside, 1, stride, bias=bias))
-            if bn:
-                self.shortcut.append(nn.BatchNorm2d(outside))
-        self.act2 = activation(act)
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner: Tensor = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
-        out: Tensor = self.act2(inner + self.shortcut(x))
-        return out
+from robeval.models.architectures.residual import BasicBlock
 
 
 def _network(in_channels: int, classes: int, act: str, *, bias: bool, bn: bool) -> nn.Module:
@@ -38,7 +16,7 @@ def _network(in_channels: int, classes: int, act: str, *, bias: bool, bn: bool) 
     layers += [nn.BatchNorm2d(64)] if bn else []
     layers.append(activation(act))
     for inside, outside, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
-        layers.append(Block(inside, outside, stride, act, bias=bias, bn=bn))
+        layers.append(BasicBlock(inside, outside, stride, act, bias=bias, bn=bn))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
