@@ -21,7 +21,8 @@ def seeded(build: Callable[[], M], seed: int, kind: str = "he") -> M:
         build: Makes the network.
         seed: Seed of the weights.
         kind: ``he`` draws convolutions and dense layers as He et al. 2015 (fan-in, gain of ReLU, zero biases), which
-            lets deep networks with smooth activations start to learn; ``torch`` leaves torch's own draw.
+            lets deep networks with smooth activations start to learn; ``torch`` leaves what the architecture itself
+            drew, as the published wide residual networks and resnext34 want it.
 
     Raises:
         UsageError: unknown kind.
