@@ -11,6 +11,8 @@ from torch import nn
 from robeval.core.errors import unknown
 
 KINDS = ("he", "torch")
+#: Entries of the images that the data's mean and standard deviation are taken of.
+ALL = 1 << 30
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -43,5 +45,7 @@ def seeded(build: Callable[[], M], seed: int, kind: str = "he") -> M:
 
 def data_normalisation(x: torch.Tensor) -> dict[str, Any]:
     """Mean and standard deviation of each channel, rounded to four digits. Shapes: x (N, C, H, W)."""
+    if x.numel() > ALL:  # streamed images: as many as fit, evenly spaced
+        x = x[torch.linspace(0, len(x) - 1, max(1, ALL * len(x) // x.numel())).round().long()]
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp_min(1e-3)
     return {"mean": [round(float(m), 4) for m in mean], "std": [round(float(s), 4) for s in std]}

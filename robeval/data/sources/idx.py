@@ -38,6 +38,30 @@ def idx(split: str, *, path: str = "") -> Images:
     return make(x, y, name=f"{folder.resolve().name}/{split}", classes=classes)
 
 
+@dataset(source="LeCun, Cortes, Burges 1998, The MNIST database of handwritten digits")
+def mnist(split: str, *, path: str = "") -> Images:
+    """MNIST, 60,000 + 10,000 grey images of handwritten digits of 28x28 pixels, 10 classes.
+
+    Read from the IDX files, plain or gzipped; ``idx`` reads any other set of this format.
+
+    Args:
+        path: The folder of the four files, or one that holds them in ``raw`` or ``MNIST/raw``.
+
+    Shapes:
+        x (N, 1, 28, 28).
+    Cost:
+        About a second.
+    Source:
+        LeCun, Cortes, Burges 1998.
+    """
+    inside = [Path(path) / part for part in ("MNIST/raw", "raw", "")]
+    folder = next((f for f in inside if path and f.is_dir()), None)
+    if folder is None:
+        raise FileRefused(f'no folder of MNIST at "{path}"', code="D01", do="write mnist:/path/to/folder")
+    x, y = (read_idx(find_idx(folder, split, what)) for what in ("images", "labels"))
+    return make(x, y, name=f"mnist/{split}", classes=[str(i) for i in range(10)])
+
+
 @dataset(source="Xiao, Rasul, Vollgraf 2017, Fashion-MNIST, arXiv:1708.07747")
 def fashion_mnist(split: str, *, path: str = "/usr/share/datasets/fashion-mnist") -> Images:
     """Fashion-MNIST, 60,000 + 10,000 grey images of 28x28 pixels, 10 kinds of clothes.
