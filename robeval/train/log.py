@@ -19,6 +19,7 @@ COLUMNS = {
     "train_accuracy": "accuracy on the images that the loss was taken at",
     "clean_train_accuracy": "accuracy on the clean training images, where the method sees both",
     "penalty": "mean of the regularizer with its weight",
+    "first_over_zeroth": "divergence of the logits' first weight derivatives over that of the logits (rat)",
     "clipped": "share of images whose regularizer is clipped and so has no gradient",
     "gradient_clipped": "share of steps where the regularizer's parameter gradient was clipped",
     "clean_accuracy": "accuracy on the held-out images",

@@ -101,6 +101,14 @@ def after_epoch(rows: Sequence[Mapping[str, float]], *, robust: bool, size: int,
         notices.append(
             Notice("SOAR_INERT", epoch, "over 95 % of the images are clipped, where the penalty has no gradient")
         )
+    if row.get("first_over_zeroth", 1.0) < 1e-3:
+        notices.append(
+            Notice(
+                "RAT_NEGLIGIBLE",
+                epoch,
+                f"the first-order term is {row['first_over_zeroth']:.1e} of the zeroth: it does nothing; a larger sigma",
+            )
+        )
     if row.get("clean_train_accuracy", 1.0) < row["train_accuracy"]:
         notices.append(
             Notice(

@@ -17,7 +17,20 @@ from robeval.train.step import accuracy, fill_gradients, objectives
 TRAINERS = catalogue.methods("trainers")
 EPS = 0.05
 #: Settings that make a method quick or a small problem fit; nothing here is needed for a new method to be tested.
-FASTER: dict[str, dict[str, Any]] = {"adv": {"steps": 3}}
+FASTER: dict[str, dict[str, Any]] = {
+    "adv": {"steps": 3},
+    "rat": {"steps": 3},
+    "rat-released": {"steps": 3},
+    "llr": {"slope": 1.0},
+    "adv-augment": {"steps": 3},
+    "free-at": {"replays": 4},
+    "mart": {"steps": 3, "lr": 0.05},
+    "mma": {"steps": 3},
+    "trades": {"steps": 3},
+}
+#: Methods whose loss has a part that belongs to the mini-batch as a whole, such as a target made from the gradient of
+#: the whole batch, and the settings that switch it off: what is left must not depend on an image's neighbours.
+OF_THE_BATCH: dict[str, dict[str, Any]] = {"rat-released": {"alpha": 0.0}}
 
 
 def cases() -> list[tuple[str, str]]:
@@ -129,7 +142,8 @@ def test_an_image_draws_the_same_whatever_the_batch(name: str, norm: str) -> Non
     def loss_of(rows: slice) -> float:
         rng = Streams(7, list(range(len(x)))[rows], name, dtype=x.dtype)
         memory = Memory(ids=torch.arange(len(x))[rows])
-        steps = objectives(TRAINERS[name].load(), model, x[rows], y[rows], rng, options(name, norm), memory)
+        settings = options(name, norm) | OF_THE_BATCH.get(name, {})
+        steps = objectives(TRAINERS[name].load(), model, x[rows], y[rows], rng, settings, memory)
         return float(next(steps)().total.detach())
 
     halves = (loss_of(slice(0, 12)) + loss_of(slice(12, 24))) / 2
@@ -174,8 +188,15 @@ def blobs(seed: int, n: int) -> tuple[Tensor, Tensor]:
 
 #: Strength at which a method should have unlearnt the noise; another method gets eps 0.05 and the usual rate.
 STRONG: dict[str, dict[str, Any]] = {
+    "sgr": {"weight": 30.0, "lr": 0.1},
     "soar": {"eps": 0.1, "lr": 0.1, "count": 120},
     "fd-grad": {"norm": "linf", "weight": 0.05, "l1_rescale": True, "lr": 0.1},
+    "gn": {"weight": 0.3, "lr": 0.1},
+    "foar": {"eps": 0.1, "lr": 0.1},
+    "cure": {"gamma": 0.2, "square": False, "h": "0.5", "lr": 0.1},
+    "llr": {"lr": 0.1},
+    "adv-augment": {"eps": 0.1},
+    "free-at": {"count": 20},
 }
 
 
