@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from robeval.core.errors import UsageError
 from robeval.core.images import Images
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
+from robeval.models.build import build
+from robeval.models.normalise import Normalize
 from robeval.train.gradients import inner, input_grad, safe_l2, unit_direction
 from robeval.train.measure import measure
 from robeval.train.methods.fd_grad import fd_grad
@@ -193,6 +196,43 @@ def test_passes(order: int, forward: int) -> None:
         (objective,) = fd_grad(model, x, y, rng, order=order)
         fill_gradients(list(model.parameters()), objective)
     assert (passes.forward, passes.backward) == (8 * forward, 16)
+
+
+def normalised(network: nn.Module, mean: float = 0.5, std: float = 0.25) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(normalise=Normalize([mean], [std]).double(), network=network))
+
+
+@pytest.mark.parametrize("order, forward", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("grad_norm", ["l2", "l1", "linf"])
+def test_behind_the_normalisation_it_is_the_penalty_of_the_network_alone(
+    grad_norm: Any, order: int, forward: int
+) -> None:
+    network, (x, y, rng) = softplus_cnn(), batch()
+    options: dict[str, Any] = {"order": order, "h": 0.1, "grad_norm": grad_norm, "weight": 1.0}
+    grads, losses = [], []
+    for model, images, space in ((normalised(network), x, "normalised"), (network, (x - 0.5) / 0.25, "pixel")):
+        with counting(model) as passes:
+            (objective,) = fd_grad(model, images, y, rng, penalty_space=space, **options)  # type: ignore[arg-type]
+            losses.append(fill_gradients(list(model.parameters()), objective)["loss"])
+        assert (passes.forward, passes.backward) == (8 * forward, 16)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert torch.allclose(grads[0], grads[1], rtol=0, atol=1e-12)
+    pixel = penalty(normalised(network), x, y, loss="ce", order=order, h=0.1, grad_norm=grad_norm)
+    inside = penalty(normalised(network), x, y, loss="ce", penalty_space="normalised", **options)
+    assert pixel > 4 * inside  # 1 / std^2 = 16 times as steep, less what the other step sees of the curvature
+
+
+def test_the_normalisation_is_put_back_and_one_is_needed() -> None:
+    model, (x, y, rng) = normalised(softplus_cnn()), batch()
+    before = dict(model.named_modules())
+    penalty(model, x, y, penalty_space="normalised")
+    assert dict(model.named_modules()) == before
+    (objective,) = fd_grad(softplus_cnn(), x, y, rng, penalty_space="normalised")
+    with pytest.raises(UsageError, match="needs a network that begins with its normalisation"):
+        objective()
+    built = build("linear", normalise="none", in_channels=2, size=5, height=5, classes=3).double()
+    assert penalty(built, x, y, penalty_space="normalised") == penalty(built, x, y)
 
 
 def test_an_order_of_three_is_refused() -> None:

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robeval.core import catalogue
+from robeval.core.ball import Ball
 from robeval.core.streams import Streams
 from robeval.train.gradients import exact_hvp, fd_hvp, input_grad
 from robeval.train.methods.soar import hz_length, kappa, soar
 from robeval.train.passes import counting
-from robeval.train.starts import soar_start
+from robeval.train.starts import radius_left, soar_start
 from robeval.train.step import fill_gradients
 
 F64 = torch.float64
@@ -273,3 +275,58 @@ def test_o19_clip_modes() -> None:
     (objective,) = soar(model, x, y, rng, init="zero")
     loss = objective()
     assert float(loss.logs["clipped"]) == 1
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.2), ("l2", 0.7)])
+def test_o16_the_first_authors_start(norm: str, eps: float) -> None:
+    model, (x, y, rng) = softplus_cnn(), batch(16, 2, 5, 5)
+    x[:4] = x[:4].round()
+    start = soar_start(model, x, y, rng, init="pgd1_author", norm=norm, eps=eps)
+    ball = Ball(norm, eps)
+    random = ball.sample(x, batch(16, 2, 5, 5)[2])
+    assert torch.equal(start, ball.project(x, random + eps / 4 * ball.ascent(input_grad(model, random, y)[1])))
+    length = ball.norm_of(start - x)
+    assert float(length.max()) <= eps * (1 + 1e-7)
+    assert float(length.max()) > 0.75 * eps  # a start in the whole ball, not in half of it
+    assert float(start.min()) >= 0
+    assert float(start.max()) <= 1
+    assert not start.requires_grad
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_papers_start_draws_in_the_half_ball_and_steps_by_it(norm: str) -> None:
+    model, (x, y, rng), half = softplus_cnn(), batch(16, 2, 5, 5), Ball(norm, 0.1)
+    start = soar_start(model, x, y, rng, init="pgd1", norm=norm, eps=0.2)
+    random = half.sample(x, batch(16, 2, 5, 5)[2])
+    assert torch.equal(start, half.project(x, random + 0.1 * half.ascent(input_grad(model, random, y)[1])))
+
+
+@pytest.mark.parametrize("init, left", [("zero", 0.2), ("rand", 0.1), ("pgd1", 0.1), ("pgd1_author", 0.2)])
+def test_o15_the_radius_that_the_start_leaves(init: str, left: float) -> None:
+    assert radius_left(init, 0.2, split=True) == left
+    assert radius_left(init, 0.2, split=False) == 0.2
+
+
+def test_the_snapshot_limits_the_length_and_the_gradient() -> None:
+    settings = catalogue.parse("trainers", "soar-snapshot-2020").settings
+    wanted = {"init": "pgd1_author", "h": 0.03, "eps": 0.03, "weight": 0.5, "clip_on": "norm", "clip": 10.0}
+    assert {k: settings[k] for k in wanted} == wanted
+    assert settings["grad_clip"] == 30
+    model, (x, y, _) = softplus_cnn(), batch(4, 2, 5, 5)
+    draws = gaussian(4, 2, 5, 5)
+    plain = gradient_of(model, x, y, Fixed(*draws), init="zero", weight=0.0)
+    loose = gradient_of(model, x, y, Fixed(*draws), init="zero")
+    own = float((loose[1] - plain[1]).norm())
+    same = gradient_of(model, x, y, Fixed(*draws), init="zero", grad_clip=2 * own)
+    tight = gradient_of(model, x, y, Fixed(*draws), init="zero", grad_clip=own / 2)
+    assert same[0] == pytest.approx(loose[0], rel=1e-12)
+    assert torch.allclose(same[1], loose[1], rtol=0, atol=1e-12)
+    assert torch.allclose(tight[1] - plain[1], (loose[1] - plain[1]) / 2, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        list(model.parameters())[2].mul_(200)
+        y = model(x).argmin(1)
+    (objective,) = soar(model, x, y, Fixed(*draws), init="zero", grad_clip=1.0)  # type: ignore[arg-type]
+    loss = objective()
+    assert float(loss.logs["clipped"]) == 1  # both limits at once
+    assert loss.apart is not None
+    assert float(loss.apart.detach()) == pytest.approx(10 * kappa("linf", 8 / 255, 50))

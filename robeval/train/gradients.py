@@ -6,12 +6,18 @@ Gradients come from the SUM of per-sample losses (the mean would shrink them by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from robeval.core.ball import vector_norm
+from robeval.core.errors import UsageError
 from robeval.core.losses import per_sample_loss
+
+T = TypeVar("T")
 
 
 def input_grad(
@@ -90,6 +96,11 @@ def safe_l2(t: Tensor) -> Tensor:
     )
 
 
+def penalty_norm(g: Tensor, norm: str) -> Tensor:
+    """Norm of each row, to be differentiated: its derivatives are 0, not NaN, at a zero row. (n, ...) -> (n,)."""
+    return safe_l2(g) if norm == "l2" else vector_norm(g, norm)
+
+
 def unit_direction(g: Tensor, norm: str) -> Tensor:
     """Direction d along which <g, d> is the named norm of g; a zero gradient gives a zero direction.
 
@@ -113,3 +124,53 @@ def unit_direction(g: Tensor, norm: str) -> Tensor:
         d = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign())
     unit: Tensor = d.view_as(g)
     return unit
+
+
+@contextmanager
+def penalty_points(model: nn.Module, x: Tensor, space: str) -> Iterator[Tensor]:
+    """The points at which a penalty is taken, as a leaf; inside, the model starts from such points.
+
+    Args:
+        model: The network.
+        x: (n, C, H, W) in [0, 1].
+        space: ``pixel`` gives the images, ``normalised`` gives what the network's normalisation makes of them.
+
+    Raises:
+        UsageError: ``normalised``, and the network does not begin with a part called ``normalise``.
+    """
+    if space == "pixel":
+        yield x.detach().requires_grad_()
+        return
+    name, first = next(model.named_children(), ("", None))
+    if first is None or name != "normalise":
+        raise UsageError(
+            "penalty_space=normalised needs a network that begins with its normalisation, and this one does not",
+            code="A04",
+            do="penalty_space=pixel, or an architecture by its name: robeval puts the normalisation first",
+        )
+    points = first(x).detach().requires_grad_()
+    model.normalise = nn.Identity()  # the whole network still runs as one, so its passes are still counted
+    try:
+        yield points
+    finally:
+        model.normalise = first
+
+
+def reusing(value: T, compute: Callable[[], T], model: nn.Module) -> Callable[[], T]:
+    """A function that gives ``value`` once, while the weights are still the same, and ``compute()`` at any other call.
+
+    A graph serves one backward pass only, and only at the weights that it was made with.
+
+    Args:
+        value: What ``compute`` gave just now.
+        compute: A function of the present weights.
+        model: Whose weights.
+    """
+    ready, versions = [value], [p._version for p in model.parameters()]
+
+    def get() -> T:
+        if ready and versions == [p._version for p in model.parameters()]:
+            return ready.pop()
+        return compute()
+
+    return get

@@ -83,8 +83,17 @@ def starting(ball: Ball, l2_init: str) -> Ball:
     return cast(Ball, StartingBall(ball, L2_STARTS[l2_init]))
 
 
+#: What the start has left of the radius for the penalty around it; 1 where it spends none, or does not count it.
+LEFT = {"zero": 1.0, "rand": 0.5, "pgd1": 0.5, "pgd1_author": 1.0}
+
+
+def radius_left(init: str, eps: float, split: bool) -> float:
+    """Radius eps_R of the expansion around :func:`soar_start`: what the start has not spent, or all of it unsplit."""
+    return eps * LEFT[init] if split else eps
+
+
 def soar_start(model: nn.Module, x: Tensor, y: Tensor, rng: Streams, *, init: str, norm: str, eps: float) -> Tensor:
-    """The point x' around which SOAR expands the loss, detached, inside the box and within eps / 2.
+    """The point x' around which SOAR and FOAR expand the loss, detached and inside the box.
 
     Args:
         model: The network; crafting runs in eval mode and asks for no parameter gradient.
@@ -92,15 +101,17 @@ def soar_start(model: nn.Module, x: Tensor, y: Tensor, rng: Streams, *, init: st
         y: (n,) labels.
         rng: One stream per image.
         init: ``zero`` the image itself, ``rand`` uniform in the ball of radius eps / 2, ``pgd1`` one step of length
-            eps / 2 from there, projected on the same ball.
-        norm: ``linf`` or ``l2``.
-        eps: Radius of the threat model; half of it is used here.
+            eps / 2 from there, projected on the same ball, ``pgd1_author`` one step of eps / 4 from a random point of
+            the whole ball.
+        norm: Norm of the threat model.
+        eps: Radius of the threat model.
     """
     if init == "zero":
         return x.detach()
-    half = Ball(norm, eps / 2)
+    whole = init == "pgd1_author"
+    ball, step_size = Ball(norm, eps if whole else eps / 2), eps / 4 if whole else eps / 2
     if init == "rand":
-        return half.sample(x, rng).detach()
+        return ball.sample(x, rng).detach()
     goal = Untargeted(y)
     with bn_mode(model, "eval"), fixed_parameters(model), torch.enable_grad():
-        return drive(pgd(x, goal, half, rng, steps=1, step_size=eps / 2), model, goal)
+        return drive(pgd(x, goal, ball, rng, steps=1, step_size=step_size), model, goal)

@@ -13,7 +13,7 @@ from robeval.core.catalogue import trainer
 from robeval.core.errors import UsageError
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
-from robeval.train.gradients import unit_direction
+from robeval.train.gradients import penalty_points, unit_direction
 from robeval.train.modes import bn_mode, differs_in_training, fp32_exact
 from robeval.train.step import Loss, Objective, accuracy
 
@@ -44,6 +44,7 @@ def fd_grad(
     h: float = 0.01,
     l1_rescale: bool = False,
     loss: Literal["ce", "cw", "cw_prob"] = "ce",
+    penalty_space: Literal["pixel", "normalised"] = "pixel",
     batchnorm: Literal["frozen", "train"] = "frozen",
 ) -> Iterator[Objective]:
     """The loss plus the norm of its input gradient, measured by one finite difference along the gradient.
@@ -61,6 +62,8 @@ def fd_grad(
         l1_rescale: Multiply the l1 difference by sqrt(N), so that it estimates the l1 norm itself and lambda means
             the same as for other norms.
         loss: Loss of both terms.
+        penalty_space: Take the difference, h and the gradient in pixels, or behind the network's normalisation, as the
+            authors' ImageNet code does.
         batchnorm: With BatchNorm or dropout: take the penalty in eval mode (one more forward pass), or in train mode.
 
     Shapes:
@@ -74,7 +77,8 @@ def fd_grad(
         penalty is ||g||_1^2 / N, as published. Where the authors' code takes the penalty with BatchNorm's batch
         statistics, the default here takes the running ones, so that images do not mix.
     Raises:
-        UsageError: an order other than 1 and 2.
+        UsageError: an order other than 1 and 2, or penalty_space=normalised with a network whose normalisation is not a
+            part of its own.
     """
     if order not in (1, 2):
         raise UsageError(f"order of fd-grad must be 1 or 2, got {order}", code="A04")
@@ -84,15 +88,14 @@ def fd_grad(
     def objective() -> Loss:
         with fp32_exact(), torch.enable_grad():
             z_clean = model(x) if apart else None
-            with bn_mode(model, "eval" if apart else "train"):
-                points = x.detach().requires_grad_()
+            with bn_mode(model, "eval" if apart else "train"), penalty_points(model, x, penalty_space) as points:
                 z = model(points)
                 at = per_sample_loss(z, y, loss)
                 (g,) = torch.autograd.grad(at.sum(), points, retain_graph=True)
                 d = unit_direction(g, dual)
-                ahead = per_sample_loss(model(x + h * d), y, loss)
+                ahead = per_sample_loss(model(points.detach() + h * d), y, loss)
                 if order == 2:
-                    change = (ahead - per_sample_loss(model(x - h * d), y, loss)) / (2 * h)
+                    change = (ahead - per_sample_loss(model(points.detach() - h * d), y, loss)) / (2 * h)
                 else:
                     change = (ahead - at) / h
             # A sample with a zero gradient has d = 0; in floating point the two losses are then the same number.

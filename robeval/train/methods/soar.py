@@ -15,7 +15,7 @@ from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
 from robeval.train.gradients import exact_hvp, fd_hvp, inner, input_grad, safe_l2
 from robeval.train.modes import bn_mode, fp32_exact
-from robeval.train.starts import soar_start
+from robeval.train.starts import radius_left, soar_start
 from robeval.train.step import Loss, Objective, accuracy
 
 
@@ -64,6 +64,9 @@ def hz_length(
         "init=zero": "a zero start tends to end at confidence 1 and masked gradients; init=pgd1 does not",
         "init=rand": "a random start tends to end at confidence 1 and masked gradients; init=pgd1 does not",
     },
+    presets={
+        "soar-snapshot-2020": {"init": "pgd1_author", "h": 0.03, "eps": 0.03, "weight": 0.5, "grad_clip": 30.0},
+    },
 )
 def soar(
     model: nn.Module,
@@ -73,7 +76,7 @@ def soar(
     *,
     norm: Literal["linf", "l2"] = "linf",
     eps: float = 8 / 255,
-    init: Literal["pgd1", "rand", "zero"] = "pgd1",
+    init: Literal["pgd1", "rand", "zero", "pgd1_author"] = "pgd1",
     split: bool = True,
     hvp: Literal["fd", "exact"] = "fd",
     h: float = 0.01,
@@ -81,6 +84,7 @@ def soar(
     weight: float = 1.0,
     clip_on: Literal["norm", "value", "grad", "none"] = "norm",
     clip: float = 10.0,
+    grad_clip: float | None = None,
     batchnorm: Literal["refuse", "frozen", "train"] = "refuse",
 ) -> Iterator[Objective]:
     """A bound on the worst case of the loss's second-order expansion, added to the loss.
@@ -91,8 +95,8 @@ def soar(
     Args:
         norm: Norm of the threat model.
         eps: Radius of the threat model in pixel units.
-        init: Start x': one gradient step of eps / 2 from a random point of the half ball, a random point of it, or the
-            image.
+        init: Start x': one gradient step of eps / 2 from a random point of the half ball, a random point of it, the
+            image, or, as the first author's code has it, one step of eps / 4 from a random point of the whole ball.
         split: With pgd1 and rand, use eps / 2 in kappa, since the start has spent the other half; no uses eps, as
             algorithm 1 prints it.
         hvp: Hessian-vector product by finite differences or by exact double differentiation.
@@ -102,6 +106,7 @@ def soar(
         clip_on: What is limited: the norm of Hz, the regularizer's value, the regularizer's parameter gradient, or
             nothing.
         clip: The limit.
+        grad_clip: Largest norm of the regularizer's parameter gradient, besides another limit; none for no such limit.
         batchnorm: With BatchNorm layers: refuse, use their running statistics, or the batch's.
 
     Shapes:
@@ -113,14 +118,17 @@ def soar(
     Departs:
         kappa uses eps / 2 after pgd1 and rand, as the paper's text and its tables say and algorithm 1 does not. The
         start is clamped to the box. What the paper clips at 10 is unclear, so three modes exist; the default limits
-        the norm of Hz. Dropout is off, because the two gradients of a difference must see the same network.
+        the norm of Hz. The preset soar-snapshot-2020 has the settings of the first author's code of that year, where a
+        limit on Hz and one on the gradient stood side by side; pgd1_author's radius eps and step eps / 4 are that
+        code's 8/255 and 2/255 at eps 8/255. Dropout is off, because the two gradients of a difference must see the
+        same network.
     Raises:
         UsageError: fewer than one sample.
     """
     if samples < 1:
         raise UsageError(f"samples of soar must be at least 1, got {samples}", code="A04")
     start = soar_start(model, x, y, rng, init=init, norm=norm, eps=eps).detach().requires_grad_()
-    k = kappa(norm, eps / 2 if split and init != "zero" else eps, x[0].numel())
+    k = kappa(norm, radius_left(init, eps, split), x[0].numel())
     draws = [(rng.normal(*x.shape[1:]), rng.normal()) for _ in range(samples)]
 
     def objective() -> Loss:
@@ -136,8 +144,9 @@ def soar(
         logs: dict[str, Tensor | float] = {"train_accuracy": accuracy(z, y), "penalty": penalty.detach()}
         if clip_on in ("norm", "value"):
             logs["clipped"] = (over > clip).to(x.dtype).mean()
-        if clip_on == "grad":
-            return Loss(loss.mean(), logs, apart=penalty, apart_limit=clip)
+        limit = clip if clip_on == "grad" else grad_clip
+        if limit is not None:
+            return Loss(loss.mean(), logs, apart=penalty, apart_limit=limit)
         return Loss(loss.mean() + penalty, logs)
 
     yield objective
