@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import pytest
 import torch
 
 from robeval.cli import train as command
-from robeval.cli.train import spec_of
 from robeval.core import catalogue
-from robeval.core.errors import ContractBroken, UsageError
+from robeval.core.errors import ContractBroken, FileRefused, UsageError
 from robeval.core.images import Images
 from robeval.data.load import load as load_images
 from robeval.models.load import load as load_model
 from robeval.train.job import Job, run_job
+from robeval.train.orders import Order, from_file, layer, to_toml
+from robeval.train.preset import resolve
 from robeval.train.recipe import Recipe
+
+
+def asked(**told: Any) -> Order:
+    """What a command line alone comes to."""
+    return resolve([layer("command line", told)])
 
 
 def small(text: str, split: str) -> Images:
@@ -120,14 +127,17 @@ def test_bad_words_get_one_sentence_and_leave_nothing(
 
 
 def test_norm_eps_and_settings_reach_the_method() -> None:
-    spec, eps = spec_of("adv", "l2", "1/2", {"steps": "3"})
-    assert (spec.settings["norm"], spec.settings["eps"], spec.settings["steps"], eps) == ("l2", 0.5, 3, 0.5)
-    spec, eps = spec_of("adv:eps=4/255", "linf", "8/255", {})
-    assert spec.settings["eps"] == eps == 4 / 255
-    spec, eps = spec_of("fd-grad", "l1", "0.5", {})
-    assert (spec.settings["norm"], eps) == ("l1", 0.5)
-    spec, eps = spec_of("standard", "l2", "0.5", {})
-    assert (spec.settings, eps) == ({}, 0.5)
+    order = asked(method="adv", norm="l2", eps="1/2", settings={"steps": "3"})
+    settings = order.spec.settings
+    assert (settings["norm"], settings["eps"], settings["steps"], order.eps) == ("l2", 0.5, 3, "1/2")
+    order = asked(method="adv:eps=4/255", eps="8/255")
+    assert (order.spec.settings["eps"], order.eps) == (4 / 255, "4/255")
+    order = asked(method="fd-grad", norm="l1", eps=0.5)
+    assert (order.spec.settings["norm"], order.eps) == ("l1", "0.5")
+    order = asked(method="standard", norm="l2", eps=0.5)
+    assert (order.spec.settings, order.eps) == ({}, "0.5")
+    assert asked(method="soar-snapshot-2020").eps == "0.03"
+    assert asked(method="soar-snapshot-2020", eps="8/255").eps == "8/255"
 
 
 def test_help_needs_no_torch() -> None:
@@ -142,3 +152,104 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     for word in ("--init-from", "--hold-out", "soar", "fd-grad", "Training loop", "Examples"):
         assert word in done.stdout
+
+
+def test_each_layer_wins_over_the_one_before(
+    quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text(
+        'method = "adv"\nlr = 0.5\nbatch-size = 32\nmomentum = 0.7\n[settings]\nsteps = 3\nstart = "zero"\n'
+    )
+    monkeypatch.setenv("ROBEVAL_TRAIN_BATCH_SIZE", "16")
+    monkeypatch.setenv("ROBEVAL_TRAIN_SEED", "5")
+    command.train(config=tmp_path / "mine.toml", setting=["steps=4"], seed="0", print_config=True)
+    told = capsys.readouterr().out
+    (tmp_path / "resolved.toml").write_text(told)
+    resolved = from_file(tmp_path / "resolved.toml")
+    assert [resolved[k] for k in ("lr", "momentum", "batch-size", "seed", "epochs")] == [0.5, 0.7, 16, 0, 20]
+    assert (resolved["settings"]["steps"], resolved["settings"]["start"]) == (4, "zero")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    command.train(config=tmp_path / "resolved.toml", print_config=True)
+    assert capsys.readouterr().out == told  # nothing is lost on the way
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("method, awp", [("awp-adv", (0.01, 0)), ("awp-trades", (0.005, 10)), ("awp-mart", (0.005, 0))])
+def test_awp_names_set_the_perturbation_unless_it_is_given(method: str, awp: tuple[float, int]) -> None:
+    order = asked(method=method)
+    assert (order.method, order.awp, order.awp_warmup) == (method.removeprefix("awp-"), *awp)
+    assert order.out == f"{method}.pt"
+    assert order.label == method
+    given = asked(method=f"{method}:steps=3", awp="0.02")
+    assert (given.awp, given.awp_warmup, given.label) == (0.02, awp[1], f"{method}:steps=3")
+
+
+def test_the_new_settings_of_the_loop_reach_the_model_file(
+    quick: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick("standard", out="s.pt", epochs=2)
+    more = {"average": "ema", "average_decay": "0.5", "clip_gradient": "1", "surrogate": "s.pt"}
+    quick("awp-adv:steps=1", out="a.pt", select_from="test", json=False, **more)
+    said = capsys.readouterr()
+    assert "test-selected (optimistic): clean" in said.out
+    assert "warning[TEST_SELECTED]" in said.err
+    info = load_model(tmp_path / "a.pt").info
+    recipe = info["recipe"]
+    assert [recipe[k] for k in ("awp", "average", "average_decay", "clip_gradient")] == [0.01, "ema", 0.5, 1.0]
+    assert (recipe["metrics_on"], recipe["metrics_images"]) == ("test-selected (optimistic)", 160)
+    assert {"transfer_accuracy", "averaged_pgd20_accuracy"} <= set(info["metrics"])
+    said_accuracy = f"clean {info['metrics']['averaged_clean_accuracy']:.1%}"
+    assert said_accuracy in said.out  # of the weights in the file, which are the averaged ones
+    quick("adv:steps=1", out="b.pt")
+    recipe = load_model(tmp_path / "b.pt").info["recipe"]
+    assert (recipe["metrics_on"], recipe["metrics_images"]) == ("held-out training images", 16)
+
+
+@pytest.mark.parametrize(
+    "text, place, sentence",
+    [
+        ("epocs = 3", "mine.toml", 'unknown key "epocs"; did you mean epochs'),
+        ("epochs = 2.5", "mine.toml", "epochs must be a whole number, got '2.5'"),
+        ("epochs = [1]", "mine.toml", "epochs must be text, a number, true or false"),
+        ("settings = 3", "mine.toml", "settings must be a table"),
+        ("[settings]\nstepps = 3", "mine.toml", "did you mean steps"),
+        ("[settings]\nsteps = 'many'", "mine.toml", "steps of adv must be a number"),
+        ("[settings]\nstart = 'nowhere'", "mine.toml", "unknown start of adv"),
+        ("preset = 'saor'", "", "did you mean soar"),
+        ("preset = 'finlay'\nmethod = 'trades'", "", "does not train trades"),
+        ("average = 'mean'", "", "unknown average"),
+        ("average-decay = 2", "", "must lie in"),
+    ],
+)
+def test_bad_files_are_told_with_their_name(quick: Any, tmp_path: Path, text: str, place: str, sentence: str) -> None:
+    (tmp_path / "mine.toml").write_text('method = "adv"\n'[: 0 if "method" in text else None] + text)
+    with pytest.raises(UsageError, match=sentence) as caught:
+        quick(None, config=tmp_path / "mine.toml")
+    assert place in caught.value.where
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_files_and_variables_that_cannot_be_read(quick: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileRefused, match="cannot read"):
+        quick("adv", config=tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    with pytest.raises(FileRefused, match="is not TOML"):
+        quick("adv", config=tmp_path / "bad.toml")
+    with pytest.raises(UsageError, match="no method named"):
+        quick(None)
+    with pytest.raises(UsageError, match="expected key=value"):
+        quick("adv", setting=["steps"])
+    monkeypatch.setenv("ROBEVAL_TRAIN_EPOX", "3")
+    with pytest.raises(UsageError, match="did you mean epochs") as caught:
+        quick("adv")
+    assert "ROBEVAL_TRAIN" in caught.value.where
+
+
+def test_text_numbers_and_nothing_survive_a_file() -> None:
+    order = asked(method="trades", lr="1/3", eps="0.031", settings={"step-size": "2/255", "beta": 1.5}, data='a"b\\c')
+    told = tomllib.loads(to_toml(order))
+    again = resolve([layer("file", told)])
+    assert (again.lr, again.eps, again.data, again.spec) == (1 / 3, "0.031", 'a"b\\c', order.spec)
+    none = asked(method="mma", settings={"d_max": "none"})
+    assert resolve([layer("file", tomllib.loads(to_toml(none)))]).spec == none.spec

@@ -20,12 +20,14 @@ from robeval.core.memory import keep_freed_memory
 #: Command -> (module, panel, summary). A module is imported when its command is asked for.
 COMMANDS = {
     "train": ("train", "Main job", "Train a classifier with one of the regularizers."),
+    "sweep": ("sweep", "Main job", "Train a grid over parameters, or the trainings of a file, and sum them up."),
     "attack": ("attack", "Main job", "Attack a classifier image by image."),
     "transfer": ("transfer", "Main job", "Craft images on each model, judge them on every model."),
     "certify": ("certify", "Main job", "Bound the robustness of a classifier image by image."),
     "table": ("table", "Results", "Make a table from finished runs."),
     "compare": ("compare", "Results", "Compare two attack runs image by image, with a paired test."),
     "curve": ("curve", "Results", "Robust accuracy against every eps, as a table or a plot."),
+    "history": ("history", "Results", "The course of trainings: table, CSV and plot."),
     "verify": ("verify", "Results", "Check every stored adversarial image of a run again."),
     "cite": ("cite", "Results", "Print the sources of the methods that a run used."),
     "list": ("list_", "Look around", "List attacks, suites, bounds, trainers, models or data sets."),
@@ -56,7 +58,8 @@ class LazyGroup(TyperGroup):
         loaded = importlib.import_module(f"robeval.cli.{module}")
         alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
         function = getattr(loaded, name if name != "list" else "list_")
-        alone.command(name=name, epilog=getattr(loaded, "EXAMPLES", None))(function)
+        context, examples = getattr(loaded, "CONTEXT", None), getattr(loaded, "EXAMPLES", None)
+        alone.command(name=name, epilog=examples, context_settings=context)(function)
         command = typer.main.get_command(alone)
         command.rich_help_panel = panel  # type: ignore[attr-defined]
         return command

@@ -11,31 +11,38 @@ from rich.table import Table
 from robeval.cli.common import Json, print_json
 from robeval.core import catalogue
 from robeval.core.errors import unknown
+from robeval.train.preset import FOLDER, presets, unwrapped
 
 EXAMPLES = "**Examples**\n\n    robeval list attacks\n\n    robeval list attacks pgd"
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="attacks, suites, bounds, trainers, models or data.", metavar="WHAT")],
+    what: Annotated[
+        str, typer.Argument(help="attacks, suites, bounds, trainers, presets, models or data.", metavar="WHAT")
+    ],
     name: Annotated[
         str | None, typer.Argument(help="One of them, with its whole documentation.", metavar="NAME")
     ] = None,
     json: Json = False,
 ) -> None:
     """List what there is, or show one method in full."""
-    kinds = [*catalogue.KINDS, "suites"]
+    kinds = [*catalogue.KINDS, "suites", "presets"]
     if what not in kinds:
         raise unknown("kind", what, kinds)
-    rows = _suites() if what == "suites" else _methods(what)
+    special = {"suites": _suites, "presets": _presets}
+    rows = special[what]() if what in special else _methods(what)
     if name:
-        key = name if what == "suites" else catalogue.find(what, name).name
+        key = name if what in special else catalogue.find(what, name).name
         if key not in rows:
-            raise unknown("suite", name, rows)
+            raise unknown(what.removesuffix("s"), name, rows)
         rows = {key: rows[key]}
     if json:
         print_json(rows)
         return
-    if name and what != "suites":
+    if name and what == "presets":
+        typer.echo((FOLDER / f"{name}.toml").read_text(encoding="utf-8"), nl=False)
+        return
+    if name and what not in special:
         method = catalogue.find(what, name)
         typer.echo(f"{method.name}\n\n{method.doc}\n")
         for setting in method.settings:
@@ -72,3 +79,15 @@ def _suites() -> dict[str, dict[str, str]]:
     from robeval.evaluate.suites import SUITES
 
     return {name: {"attacks": ", ".join(suite.attacks), "what": suite.about} for name, suite in SUITES.items()}
+
+
+def _presets() -> dict[str, dict[str, str]]:
+    trainers = catalogue.methods("trainers")
+    return {
+        p.name: {
+            "methods": ", ".join(m for m in p.methods if unwrapped(m)[1] in trainers),
+            "what": p.about,
+            "source": p.source,
+        }
+        for p in presets().values()
+    }

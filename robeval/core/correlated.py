@@ -8,6 +8,7 @@ Training through Structured Gradient Regularization, arXiv:1805.08736).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,8 @@ from robeval.core.errors import UsageError
 
 #: Negative eigenvalues of a covariance up to this share of the largest are rounding.
 ROUNDING = 1e-6
+#: Images whose second moments are taken at once.
+CHUNK = 1000
 
 
 def channel_covariance(channels: int, inter: float) -> Tensor:
@@ -93,6 +96,39 @@ def exponential(shape: tuple[int, int, int], zeta: float, inter: float) -> Sampl
     return Sampler(root(channel_covariance(channels, inter)), root(pixel_covariance(height, width, zeta)))
 
 
+def second_moment(x: Tensor) -> Tensor:
+    """Mean of x x^T over the rows. Shapes: (n, C, H, W) -> (d, d)."""
+    flat = x.flatten(1)
+    return flat.T @ flat / len(flat)
+
+
+def centred(x: Tensor, moment: Callable[[Tensor], Tensor] = second_moment) -> Tensor:
+    """A moment of images around their mean image, by default their (d, d) covariance; float64.
+
+    Args:
+        x: (N, C, H, W).
+        moment: A mean over rows that is linear in the second moments.
+    """
+    mean = x.mean(0, dtype=torch.float64)
+    parts = x.split(CHUNK)
+    total = moment(parts[0].double() - mean) * len(parts[0])
+    for part in parts[1:]:
+        total += moment(part.double() - mean) * len(part)
+    return total / len(x)
+
+
+def with_covariance(matrix: Tensor) -> Sampler:
+    """Noise with the covariance (d, d), scaled to a mean variance of 1.
+
+    Raises:
+        UsageError: a negative eigenvalue, or no variance.
+    """
+    scale = matrix.diagonal().mean()
+    if not scale > 0:
+        raise UsageError("the covariance has no variance: are all images the same?", code="A04")
+    return Sampler(torch.ones(1, 1, dtype=matrix.dtype, device=matrix.device), root((matrix + matrix.T) / (2 * scale)))
+
+
 def from_file(path: str, shape: tuple[int, int, int]) -> Sampler:
     """The covariance of a .npy file, (d, d) with d = C * H * W, scaled to a mean variance of 1.
 
@@ -117,4 +153,4 @@ def _from_file(path: str, size: int, changed: int) -> Sampler:
     scale = float(matrix.diagonal().mean())
     if not (matrix.isfinite().all() and scale > 0 and (matrix - matrix.T).abs().max() <= ROUNDING * scale * size):
         raise UsageError(f"{path} is no covariance: not finite, not symmetric or without variance", code="A04")
-    return Sampler(torch.ones(1, 1, dtype=torch.float64), root((matrix + matrix.T) / (2 * scale)))
+    return with_covariance(matrix)

@@ -53,6 +53,12 @@ def cw_k50(z: Tensor, y: Tensor, temperature: float) -> Tensor:
     return -(50 - cw(z, y, temperature)).clamp_min(0)
 
 
+def kl(z: Tensor, z_other: Tensor) -> Tensor:
+    """Divergence KL(p || q) of the probabilities of two sets of logits. (n, K), (n, K) -> (n,)."""
+    log_p = z.log_softmax(1)
+    return (log_p.exp() * (log_p - z_other.log_softmax(1))).sum(1)
+
+
 KINDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "ce": ce,
     "cw": cw,

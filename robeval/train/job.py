@@ -69,6 +69,12 @@ def default_model(shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
     return "digits_cnn", {}
 
 
+def judged(metrics: Mapping[str, Any]) -> tuple[float, float]:
+    """Clean and PGD-20 accuracy of the weights in the model file: of the averaged ones where there are any."""
+    prefix = "averaged_" if "averaged_pgd20_accuracy" in metrics else ""
+    return metrics[f"{prefix}clean_accuracy"], metrics[f"{prefix}pgd20_accuracy"]
+
+
 def run_job(
     job: Job,
     images: Images,
@@ -106,8 +112,12 @@ def run_job(
         module = seeded(lambda: build(name, normalise=normalise, **arguments), job.recipe.seed, job.weights)
     count = min(1000, len(images) // 10) if job.held_out is None else job.held_out
     if job.recipe.select_from == "test":
-        count, train, validation = 0, images, test
+        if test is None:
+            raise UsageError("select_from=test needs the test images", code="A04")
+        count, train, seen = 0, images, "test-selected (optimistic)"
+        validation: Images | None = test
     else:
+        seen = "held-out training images" if count else "first training batch"
         train, validation = holdout(images, count) if count else (images, None)
     if job.fresh and job.folder.is_dir():
         shutil.rmtree(job.folder)
@@ -130,6 +140,8 @@ def run_job(
         recipe |= {
             "init_from": job.init_from,
             "held_out": count,
+            "metrics_on": seen,
+            "metrics_images": min(job.recipe.batch_size, len(train)) if validation is None else len(validation),
             "weights": "" if job.init_from else job.weights,
             "stopped": result.stopped,
         }

@@ -21,7 +21,7 @@ def normalises_over_the_batch(module: nn.Module) -> bool:
 
 def differs_in_training(module: nn.Module) -> bool:
     """Does the network compute something else in train mode than in eval mode (BatchNorm or dropout)?"""
-    return any(isinstance(m, (_BatchNorm, _DropoutNd)) for m in module.modules())
+    return any(isinstance(m, _BatchNorm) or (isinstance(m, _DropoutNd) and m.p > 0) for m in module.modules())
 
 
 @contextmanager

@@ -7,15 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from robeval.attacks.pgd import pgd
 from robeval.core.ball import Ball
 from robeval.core.catalogue import trainer
-from robeval.core.classifier import fixed_parameters
-from robeval.core.goal import Untargeted
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
-from robeval.engine.drive import drive
-from robeval.train.modes import bn_mode
+from robeval.train.craft import crafted
 from robeval.train.starts import starting
 from robeval.train.step import Loss, Objective, accuracy
 
@@ -66,12 +62,10 @@ def adv(
     Departs:
         The projection on the box is always on; Finlay and Oberman's code leaves it out.
     """
-    goal, ball = Untargeted(y), Ball(norm, eps)
-    with bn_mode(model, craft), fixed_parameters(model):
-        attack = pgd(
-            x, goal, starting(ball, l2_init), rng, steps=steps, step_size=step_size, random_start=start == "random"
-        )
-        x_adv = drive(attack, model, goal)
+    ball = starting(Ball(norm, eps), l2_init)
+    x_adv = crafted(
+        model, x, y, rng, ball, steps=steps, step_size=step_size, random_start=start == "random", mode=craft
+    )
 
     def objective() -> Loss:
         z = model(x_adv)
