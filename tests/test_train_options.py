@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 #: Methods with a memory, with settings that keep a step short.
 REMEMBERING = {
-    "sgr": "sgr:cov_source=grad",
+    "sgr": "sgr:source=grad",
     "mma": "mma:steps=2,d_max=0.1,eps_min=0.02",
     "free-at": "free-at:replays=2,eps=0.1",
     "soar": "soar:eps=0.1",
@@ -145,6 +145,9 @@ ROW = {
         ({"clean_train_accuracy": 0.7}, "LABEL_LEAKING"),
         ({"clean_train_accuracy": 0.81}, None),
         ({"confidence_clean": 0.36}, "UNIFORM"),
+        ({"indefinite": 0.2}, "SGR_INDEFINITE"),
+        ({"lowest_eigenvalue": -1.0}, None),
+        ({"first_over_zeroth": 1e-4}, "RAT_NEGLIGIBLE"),
     ],
 )
 def test_warnings_after_an_epoch(change: dict[str, float], code: str | None) -> None:

@@ -19,6 +19,8 @@ COLUMNS = {
     "train_accuracy": "accuracy on the images that the loss was taken at",
     "clean_train_accuracy": "accuracy on the clean training images, where the method sees both",
     "penalty": "mean of the regularizer with its weight",
+    "indefinite": "share of mini-batches whose covariance made the penalty negative (sgr)",
+    "lowest_eigenvalue": "lowest eigenvalue of the covariance on the torus, before negative ones are mended (sgr)",
     "first_over_zeroth": "divergence of the logits' first weight derivatives over that of the logits (rat)",
     "clipped": "share of images whose regularizer is clipped and so has no gradient",
     "gradient_clipped": "share of steps where the regularizer's parameter gradient was clipped",

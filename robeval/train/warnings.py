@@ -101,6 +101,15 @@ def after_epoch(rows: Sequence[Mapping[str, float]], *, robust: bool, size: int,
         notices.append(
             Notice("SOAR_INERT", epoch, "over 95 % of the images are clipped, where the penalty has no gradient")
         )
+    if row.get("indefinite", 0.0) > 0:
+        notices.append(
+            Notice(
+                "SGR_INDEFINITE",
+                epoch,
+                f"the covariance made the penalty negative in {row['indefinite']:.0%} of the mini-batches:"
+                " psd=spectral or psd=interp",
+            )
+        )
     if row.get("first_over_zeroth", 1.0) < 1e-3:
         notices.append(
             Notice(

@@ -28,9 +28,12 @@ FASTER: dict[str, dict[str, Any]] = {
     "mma": {"steps": 3},
     "trades": {"steps": 3},
 }
-#: Methods whose loss has a part that belongs to the mini-batch as a whole, such as a target made from the gradient of
-#: the whole batch, and the settings that switch it off: what is left must not depend on an image's neighbours.
-OF_THE_BATCH: dict[str, dict[str, Any]] = {"rat-released": {"alpha": 0.0}}
+#: Methods whose loss has a part that belongs to the mini-batch as a whole (targets made from the gradient of the batch, a
+#: covariance of its perturbations), and the settings that switch it off: the rest must not depend on neighbours.
+OF_THE_BATCH: dict[str, dict[str, Any]] = {
+    "rat-released": {"alpha": 0.0},
+    "sgr": {"source": "identity", "scale": 0.1},
+}
 
 
 def cases() -> list[tuple[str, str]]:
