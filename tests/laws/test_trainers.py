@@ -66,7 +66,7 @@ def run(name: str, norm: str, steps: int = 3, start: nn.Module | None = None) ->
         model.load_state_dict(start.state_dict())
     model.train()
     function, settings = TRAINERS[name].load(), options(name, norm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2 if start is None else 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=FASTER.get(name, {}).get("lr", 0.2 if start is None else 0.1), momentum=0.9)
     losses, memory = [], Memory(ids=torch.arange(len(x)), epochs=steps)
     for step in range(steps):
         rng = Streams(7, range(len(x)), name, [step] * len(x), dtype=x.dtype)
