@@ -142,7 +142,7 @@ def main() -> None:
         for norm in norms:
             if options.attack not in (None, name) or options.norm not in (None, norm):
                 continue
-            # The same schedule for all: an equal number of gradients, while ours judges one more point with ddn and fmn.
+            # The same schedule for all, an equal number of gradients; with ddn and fmn ours judges one point more.
             budget: dict[str, Any] = {"steps": options.steps}
             if name == "cw-l2":
                 budget = {"iterations": options.iterations, "searches": options.searches}

@@ -3,8 +3,8 @@
     python examples/lrc_decay.py comparison/standard.pt comparison/gn.pt comparison/sgr-lrc.pt --data fashion-mnist \
         --images 300 --out lrc_decay
 
-Noise of a standard deviation per pixel, the worst of 100 draws an image, cut to the box. The lengths of all draws are the
-same, std * sqrt(d), so that each point of a curve is an attack in l2; runs resume. Writes OUT.csv and OUT.png.
+Noise of a standard deviation per pixel, the worst of 100 draws an image, cut to the box. All draws have the same length,
+std * sqrt(d), so that each point of a curve is an attack in l2; runs resume. Writes OUT.csv and OUT.png.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def main() -> None:
     arguments.add_argument("--images", default="300")
     arguments.add_argument("--std", type=float, default=0.3, help="standard deviation of every pixel")
     arguments.add_argument("--draws", type=int, default=100)
-    arguments.add_argument("--zeta", type=float, nargs="+", default=[1, 2, 4, 8, 12, 16], help="decay lengths in pixels")
+    arguments.add_argument(
+        "--zeta", type=float, nargs="+", default=[1, 2, 4, 8, 12, 16], help="decay lengths in pixels"
+    )
     arguments.add_argument("--runs", default="runs")
     arguments.add_argument("--out", type=Path, default=Path("lrc_decay"))
     options = arguments.parse_args()

@@ -267,7 +267,7 @@ def test_o66_weight_decay_is_an_explicit_penalty() -> None:
         for _ in range(3):
             total = nn.functional.cross_entropy(module(data.x.double()), data.y)
             total = total + penalty / 2 * sum(p.square().sum() for p in module.parameters())
-            fill_gradients(list(module.parameters()), lambda: Loss(total))
+            fill_gradients(list(module.parameters()), lambda total=total: Loss(total))
             optimizer.step()
         return weights(module)
 

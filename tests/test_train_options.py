@@ -1,4 +1,4 @@
-"""Options of the loop that go with any method: averages, weight perturbation, clipping, surrogate, selection on test."""
+"""Options of the loop that go with any method: averages, weight perturbation, clipping, surrogate, selection."""
 
 from __future__ import annotations
 

@@ -330,3 +330,33 @@ def test_the_snapshot_limits_the_length_and_the_gradient() -> None:
     assert float(loss.logs["clipped"]) == 1  # both limits at once
     assert loss.apart is not None
     assert float(loss.apart.detach()) == pytest.approx(10 * kappa("linf", 8 / 255, 50))
+
+
+def logistic_expansion() -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """Gradient and Hessian of a logistic loss by autograd; the weights, r = f - y and u = f (1 - f) by hand."""
+    w, x = torch.tensor([0.6, -0.8], dtype=F64), torch.tensor([[[[1.0, 0.7]]]], dtype=F64)
+    leaf = x.clone().requires_grad_()
+    _, g = input_grad(Logistic(0.6, -0.8), leaf, torch.tensor([1]), create_graph=True)
+    rows = [exact_hvp(g, leaf, torch.eye(2, dtype=F64)[i].view_as(x)).flatten() for i in range(2)]
+    f = float(torch.sigmoid(x.flatten() @ w))
+    return g.detach().flatten(), torch.stack(rows), w, f - 1, f * (1 - f)
+
+
+def test_o04_gradient_and_hessian_of_the_logistic_loss() -> None:
+    g, hessian, w, r, u = logistic_expansion()
+    assert torch.allclose(g, r * w, rtol=0, atol=1e-12)
+    assert torch.allclose(hessian, u * torch.outer(w, w), rtol=0, atol=1e-12)
+
+
+def test_o06_the_expansion_is_largest_along_the_weights() -> None:
+    g, hessian, w, r, u = logistic_expansion()
+    rho = 0.3
+    angle = torch.linspace(0, 2 * math.pi, 20001, dtype=F64)
+    d = rho * torch.stack([angle.cos(), angle.sin()], 1)
+    rise = d @ g + 0.5 * ((d @ hessian) * d).sum(1)
+    length = float(w.norm())
+    expected = abs(r) * rho * length + 0.5 * u * rho**2 * length**2
+    along = math.copysign(rho, r) * w / length
+    assert float(along @ g + 0.5 * along @ hessian @ along) == pytest.approx(expected, abs=1e-10)
+    assert float(rise.max()) <= expected + 1e-10
+    assert float(rise.max()) == pytest.approx(expected, abs=1e-6)

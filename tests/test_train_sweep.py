@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -229,3 +232,35 @@ def test_help_names_the_flags_it_shares(tmp_path: Path) -> None:
     assert code == 0 and "--param" in out and "Every flag of robeval train" in out.replace("\n", " ")
     code, _, err = robeval("sweep", "adv", "--param", "steps=1", "--epocs", "3", cwd=tmp_path)
     assert code == 2 and "--epocs" in err
+
+
+@pytest.mark.parametrize("name, runs", [("fashion_mnist", 11), ("cifar10_resnet10", 5)])
+def test_the_examples_say_what_can_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, runs: int
+) -> None:
+    file = Path(__file__).parents[1] / "examples" / f"{name}.toml"
+    monkeypatch.chdir(tmp_path)
+    app(["sweep", str(file), "--print-config"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert said.count("method = ") == runs
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_of_correlated_noise(tmp_path: Path) -> None:
+    save_linear = "import torch; from robeval.models.build import build; from robeval.models.checkpoint import save"
+    code = (
+        f"{save_linear}; n = build('linear'); save('a.pt', n, architecture='linear', arguments={{}}, normalise='none',"
+    )
+    code += " input_shape=(1, 8, 8), classes=[str(i) for i in range(10)], recipe={}, metrics={})"
+    script = Path(__file__).parents[1] / "examples" / "lrc_decay.py"
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    for words in (["-c", code], [str(script), "a.pt", *"--data digits --images 20 --draws 3 --zeta 1 4".split()]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    with (tmp_path / "lrc_decay.csv").open() as table:
+        told = list(csv.DictReader(table))
+    assert [(r["model"], r["zeta"]) for r in told] == [("a", "1.0"), ("a", "4.0")]
+    assert all(float(r["low"]) <= float(r["accuracy"]) <= float(r["high"]) for r in told)
+    assert (tmp_path / "lrc_decay.png").stat().st_size > 1000

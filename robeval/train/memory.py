@@ -37,6 +37,6 @@ class Memory:
     train: Images | None = None
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
-        """Draws that belong to the mini-batch as a whole, such as noise on the weights; the same each time it is asked."""
+        """Draws that belong to the mini-batch as a whole, such as noise on the weights; the same at every call."""
         bits = Streams(self.seed, [self.step], "mini-batch").bits(2)[0].tolist()
         return torch.Generator(device).manual_seed(bits[0] << 31 | bits[1] >> 1)

@@ -115,7 +115,7 @@ def after_epoch(rows: Sequence[Mapping[str, float]], *, robust: bool, size: int,
             Notice(
                 "RAT_NEGLIGIBLE",
                 epoch,
-                f"the first-order term is {row['first_over_zeroth']:.1e} of the zeroth: it does nothing; a larger sigma",
+                f"the first-order term is {row['first_over_zeroth']:.1e} of the zeroth: a larger sigma is needed",
             )
         )
     if row.get("clean_train_accuracy", 1.0) < row["train_accuracy"]:

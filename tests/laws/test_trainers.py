@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from robeval.core import catalogue
 from robeval.core.streams import Streams
-from robeval.train.passes import counting
 from robeval.train.memory import Memory
+from robeval.train.passes import counting
 from robeval.train.step import accuracy, fill_gradients, objectives
 
 TRAINERS = catalogue.methods("trainers")
@@ -28,7 +28,7 @@ FASTER: dict[str, dict[str, Any]] = {
     "mma": {"steps": 3},
     "trades": {"steps": 3},
 }
-#: Methods whose loss has a part that belongs to the mini-batch as a whole (targets made from the gradient of the batch, a
+#: Methods whose loss has a part that belongs to the mini-batch as a whole (targets made from the batch's gradient, a
 #: covariance of its perturbations), and the settings that switch it off: the rest must not depend on neighbours.
 OF_THE_BATCH: dict[str, dict[str, Any]] = {
     "rat-released": {"alpha": 0.0},
@@ -66,7 +66,8 @@ def run(name: str, norm: str, steps: int = 3, start: nn.Module | None = None) ->
         model.load_state_dict(start.state_dict())
     model.train()
     function, settings = TRAINERS[name].load(), options(name, norm)
-    optimizer = torch.optim.SGD(model.parameters(), lr=FASTER.get(name, {}).get("lr", 0.2 if start is None else 0.1), momentum=0.9)
+    rate = FASTER.get(name, {}).get("lr", 0.2 if start is None else 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     losses, memory = [], Memory(ids=torch.arange(len(x)), epochs=steps)
     for step in range(steps):
         rng = Streams(7, range(len(x)), name, [step] * len(x), dtype=x.dtype)
