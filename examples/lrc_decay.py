@@ -3,8 +3,8 @@
     python examples/lrc_decay.py comparison/standard.pt comparison/gn.pt comparison/sgr-lrc.pt --data fashion-mnist \
         --images 300 --out lrc_decay
 
-Noise of a standard deviation per pixel, the worst of 100 draws an image, cut to the box. All draws have the same length,
-std * sqrt(d), so that each point of a curve is an attack in l2; runs resume. Writes OUT.csv and OUT.png.
+Noise of a standard deviation per pixel, the worst of 100 draws an image, cut to the box. All draws have the length
+std * sqrt(d), so each point of a curve is an attack in l2; runs resume. Writes OUT.csv and OUT.png.
 """
 
 from __future__ import annotations

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from robeval.core.ball import Ball
 from robeval.core.catalogue import Spec
+from robeval.core.classifier import weights_fingerprint
 from robeval.core.errors import ContractBroken
 from robeval.core.images import Images
 from robeval.train import resume
 from robeval.train.average import Average
+from robeval.train.devices import ALONE, WHOLE, Devices, Part
+from robeval.train.faster import Forward
 from robeval.train.measure import accuracy_on_both, measure, pgd_accuracy, transferred
 from robeval.train.recipe import Recipe
 from robeval.train.resume import State, copied
@@ -47,6 +50,10 @@ class Run:
     surrogate: nn.Module | None = None
     transfers: Tensor | None = None  # PGD images of the surrogate; they never change
     average: Average | None = None
+    devices: Devices = ALONE
+    watched_part: Part = WHOLE  # what this process's ``watched`` weighs among those of all processes
+    first_part: Part = WHOLE
+    forward: Forward | None = None  # the network's compiled forward pass
 
     @property
     def batches(self) -> int:
@@ -57,6 +64,9 @@ class Run:
         return bool(self.method.method.facts.get("robust"))
 
     def snapshot(self) -> None:
+        """Write the state; all processes hold the same, and the first one writes."""
+        if not self.devices.first:
+            return
         self.state.weights = self.module.state_dict()
         self.state.optimizer = self.optimizer.state_dict()
         if self.average is not None:
@@ -84,25 +94,17 @@ def end_epoch(run: Run) -> None:
             where=f"epoch {state.epoch + 1}",
             do="a smaller --lr, with --fresh",
         )
+    if run.devices.count > 1:
+        run.devices.agree(weights_fingerprint(run.module.state_dict()), "weights")
     ball, sums = Ball(recipe.norm, recipe.eps), state.sums
     row: dict[str, Any] = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"]}
     row |= {k.removeprefix("sum "): v / sums["images"] for k, v in sums.items() if k.startswith("sum ")}
     row |= {"forward_per_step": sums["forward"] / sums["seen"], "backward_per_step": sums["backward"] / sums["seen"]}
-    many = 2 * recipe.batch_size  # no parameter gradients, so twice the batch fits
-    how: dict[str, Any] = {"seed": recipe.seed, "batch_size": many}
-    row |= measure(run.module, run.watched, ball, **how)
-    if run.robust and run.surrogate is not None:
-        if run.transfers is None:
-            run.transfers = transferred(run.surrogate, run.watched, ball, **how)
-        row["transfer_accuracy"] = accuracy_on_both(run.module, run.watched, run.transfers, batch_size=many)
     averaged = _averaged(run)
-    if averaged is not None:
-        told = measure(averaged, run.watched, ball, **how)
-        row |= {f"averaged_{name}": told[name] for name in ("clean_accuracy", "pgd20_accuracy")}
+    row |= _measured(run, averaged, ball)
     collapsed = False
     if run.robust:
         guard = Guard(last=state.guard)
-        row["first_batch_accuracy"] = pgd_accuracy(run.module, run.first, ball, fast=True, **how)
         collapsed = guard.fell(row["first_batch_accuracy"])
         state.guard = guard.last
     row["seconds"] = sums["seconds"] + time.monotonic() - began
@@ -128,6 +130,25 @@ def end_epoch(run: Run) -> None:
     state.epoch, state.batch, state.sums = state.epoch + 1, 0, {}
     state.done = collapsed or state.epoch >= recipe.epochs
     run.snapshot()
+
+
+def _measured(run: Run, averaged: nn.Module | None, ball: Ball) -> dict[str, float]:
+    """Columns of the log about the network as it stands; each process looks at its share of the images."""
+    many = 2 * run.recipe.batch_size  # no parameter gradients, so twice the batch fits
+    how: dict[str, Any] = {"seed": run.recipe.seed, "batch_size": many}
+    row = dict(measure(run.module, run.watched, ball, **how))
+    if run.robust and run.surrogate is not None:
+        if run.transfers is None:
+            run.transfers = transferred(run.surrogate, run.watched, ball, **how)
+        row["transfer_accuracy"] = accuracy_on_both(run.module, run.watched, run.transfers, batch_size=many)
+    if averaged is not None:
+        told = measure(averaged, run.watched, ball, **how)
+        row |= {f"averaged_{name}": told[name] for name in ("clean_accuracy", "pgd20_accuracy")}
+    row = run.watched_part.means(row)
+    if run.robust:
+        first = pgd_accuracy(run.module, run.first, ball, fast=True, **how)
+        row |= run.first_part.means({"first_batch_accuracy": first})
+    return row
 
 
 def _averaged(run: Run) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,17 +18,19 @@ from robeval.core.classifier import weights_fingerprint
 from robeval.core.images import Images
 from robeval.core.streams import Streams
 from robeval.train import resume
-from robeval.train.augment import augmented
+from robeval.train.augment import augment
 from robeval.train.average import Average
 from robeval.train.awp import perturbed_weights
+from robeval.train.devices import ALONE, Devices, before_sharing
 from robeval.train.epoch import OnNotice, OnProgress, Run, end_epoch
+from robeval.train.faster import compiled, computing_with, in_layout
 from robeval.train.log import write_log
 from robeval.train.memory import Memory
 from robeval.train.passes import counting
 from robeval.train.recipe import Recipe, make_optimizer
 from robeval.train.resume import State, identity_of
 from robeval.train.schedules import schedule
-from robeval.train.step import Objective, fill_gradients, objectives
+from robeval.train.step import Objective, about, fill_gradients, objectives
 from robeval.train.warnings import Notice, before_training
 
 
@@ -63,6 +66,7 @@ def fit(
     recipe: Recipe | None = None,
     validation: Images | None = None,
     device: torch.device | str = "cpu",
+    devices: Devices = ALONE,
     pretrained: bool = False,
     surrogate: nn.Module | None = None,
     save_steps: int = 200,
@@ -83,6 +87,9 @@ def fit(
         validation: Held-out training images for the log and the selection (test images with ``select_from=test``);
             without them the first training batch.
         device: Where to train.
+        devices: The processes that train together, from :func:`robeval.train.devices.together`, whose device goes with
+            it. Each has all the images. A training may go on with another number of them; on more than one it ends with
+            the weights of one up to rounding, save for dropout's masks and what PER_DEVICE warns of.
         pretrained: The weights come from an earlier training; they then serve as the surrogate too.
         surrogate: Another network, whose PGD images are tried on this one after each epoch: what resists its own
             gradients and not these has masked gradients.
@@ -91,12 +98,13 @@ def fit(
         on_notice: Called with each new warning.
 
     Raises:
-        ContractBroken: the loss became NaN (L01), or the network does not fit the method (L02).
-        UsageError: the folder holds another training (R01).
-        MachineError: the state cannot be written.
+        ContractBroken: the loss became NaN (L01), the network does not fit the method (L02), or devices differ (L04).
+        UsageError: the folder holds another training (R01); the method cannot be compiled or shared (A04).
+        MachineError: the state cannot be written, or the network not compiled.
     """
     recipe = recipe or Recipe()
     before = before_training(method, module, pretrained)
+    before += before_sharing(devices, method.method.name, module, min(recipe.batch_size, len(train)))
     if recipe.select_from == "test":
         text = "epochs are chosen on test images: every number on them is optimistic (test-selected)"
         before.append(Notice("TEST_SELECTED", 0, text))
@@ -109,16 +117,20 @@ def fit(
         surrogate = copy.deepcopy(module)
     identity = identity_of(method.method.name, method.settings, recipe, **prints)
     module.to(device)
-    for stale in folder.glob(".*.tmp"):
+    in_layout(module, recipe.channels_last)
+    for stale in folder.glob(".*.tmp") if devices.first else ():
         stale.unlink(missing_ok=True)
     saved = resume.load(folder / "state.pt", identity, device)
+    begun = repr((identity, saved and (saved.step, saved.done)))
+    devices.agree(hashlib.sha256(begun.encode()).hexdigest(), "settings, images, starting weights or saved states")
     train = train.to(device)
     first = train[_order(recipe.seed, 0, train)[: recipe.batch_size]]
+    watched = first if validation is None else validation.to(device)
     run = Run(
         module,
         train,
-        first if validation is None else validation.to(device),
-        first,
+        _share(devices, watched),
+        _share(devices, first),
         method,
         method.method.load(),
         recipe,
@@ -126,9 +138,13 @@ def fit(
         saved or State(identity),
         folder / "state.pt",
         save_steps,
-        on_progress,
-        on_notice,
+        on_progress if devices.first else None,
+        on_notice if devices.first else None,
         None if surrogate is None else surrogate.to(device),
+        devices=devices,
+        watched_part=devices.part(len(watched)),
+        first_part=devices.part(len(first)),
+        forward=compiled(module) if recipe.compile else None,
     )
     resumed = "no" if saved is None else "finished" if saved.done else "yes"
     if saved is None:
@@ -142,10 +158,13 @@ def fit(
         if decay is not None and not run.average.count:
             run.average.update(module)
     while not run.state.done:
-        _train_epoch(run)
+        with computing_with(module, run.forward, method.method.name):
+            _train_epoch(run)
         end_epoch(run)
-        write_log(folder / "log.csv", run.state.rows)
-    write_log(folder / "log.csv", run.state.rows)  # a run killed between state and log left it one row short
+        if devices.first:
+            write_log(folder / "log.csv", run.state.rows)
+    if devices.first:
+        write_log(folder / "log.csv", run.state.rows)  # a run killed between state and log left it one row short
     return _choose(run, resumed)
 
 
@@ -154,32 +173,41 @@ def _order(seed: int, epoch: int, images: Images) -> torch.Tensor:
     return Streams(seed, [epoch], "order", device=images.x.device).permutation(len(images))[0]
 
 
+def _share(devices: Devices, images: Images) -> Images:
+    """The images of a set that this process measures on."""
+    return images if devices.count == 1 else images[devices.share(torch.arange(len(images), device=images.x.device))]
+
+
 def _train_epoch(run: Run) -> None:
     """The batches of the present epoch that are still to come."""
-    recipe, state = run.recipe, run.state
+    recipe, state, devices = run.recipe, run.state, run.devices
     order = _order(recipe.seed, state.epoch, run.train)
     factor = schedule(recipe.schedule, recipe.epochs * run.batches, run.batches)
     parameters = [p for p in run.module.parameters() if p.requires_grad]
     name, device = run.method.method.name, run.train.x.device
     while state.batch < run.batches:
         began = time.monotonic()
-        rows = order[state.batch * recipe.batch_size : (state.batch + 1) * recipe.batch_size]
+        whole = order[state.batch * recipe.batch_size : (state.batch + 1) * recipe.batch_size]
+        rows, part = devices.share(whole), devices.part(len(whole))
         ids, count = run.train.ids[rows].tolist(), state.epoch * run.batches + state.batch
         kind: dict[str, Any] = {"attempts": [count] * len(ids), "dtype": run.train.x.dtype, "device": device}
-        x = augmented(run.train.x, rows, Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
+        x = augment(run.train.x[rows], Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
         rng = Streams(recipe.seed, ids, f"train/{name}", **kind)
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.lr * factor(count)
         run.module.train()
-        memory = Memory(state.memory, rows, state.epoch, count, run.batches, recipe.epochs, recipe.seed, run.train)
+        kept = devices.lend(state.memory)
+        memory = Memory(kept, rows, state.epoch, count, run.batches, recipe.epochs, recipe.seed, run.train)
         # Dropout draws from the global generator; seeding it for the step makes a resumed run draw the same.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), counting(run.module) as passes:
-            torch.manual_seed(recipe.seed * 1_000_003 + count)
+            torch.manual_seed(recipe.seed * 1_000_003 + count + (devices.rank << 40))
             for objective in objectives(
                 run.trainer, run.module, x, run.train.y[rows], rng, run.method.settings, memory
             ):
-                logs = _step(run, parameters, objective)
-                _add(state.sums, {f"sum {k}": v * len(ids) for k, v in logs.items()} | {"images": len(ids)})
+                logs = _step(run, parameters, about(part, objective))
+                _add(state.sums, {f"sum {k}": v * len(whole) for k, v in logs.items()} | {"images": len(whole)})
+        part.statistics(run.module)
+        state.memory = devices.collect(kept, state.memory, whole)
         seconds = time.monotonic() - began
         _add(state.sums, {"forward": passes.forward, "backward": passes.backward, "seen": len(ids), "seconds": seconds})
         state.batch += 1
@@ -194,9 +222,8 @@ def _step(run: Run, parameters: list[nn.Parameter], objective: Objective) -> dic
     """One step of the optimiser, at perturbed weights where the recipe asks for that. -> the objective's logs."""
     recipe, state = run.recipe, run.state
     perturbs = recipe.awp > 0 and state.epoch >= recipe.awp_warmup
-    where = f"epoch {state.epoch + 1}, step {state.step + 1}"
-    with perturbed_weights(run.module, objective, recipe.awp, where) if perturbs else nullcontext(objective) as descended:
-        logs = fill_gradients(parameters, descended, where)
+    with perturbed_weights(run.module, objective, recipe.awp) if perturbs else nullcontext(objective) as descended:
+        logs = fill_gradients(parameters, descended, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(parameters, recipe.clip_gradient)
         run.optimizer.step()
@@ -224,6 +251,7 @@ def _choose(run: Run, resumed: str) -> FitResult:
     elif run.average is not None and state.previous:
         run.module.load_state_dict(state.previous)
     run.module.eval()
+    in_layout(run.module, channels_last=False)
     for p in run.module.parameters():
         p.grad = None
     notices = [Notice(*n) for n in state.notices]

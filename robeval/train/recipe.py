@@ -9,7 +9,7 @@ from torch import nn
 
 from robeval.core.ball import Ball
 from robeval.core.errors import UsageError, unknown
-from robeval.train import augment
+from robeval.train.augment import KINDS
 from robeval.train.schedules import schedule
 
 OPTIMIZERS = ("sgd", "adam")
@@ -27,7 +27,7 @@ class Recipe:
         momentum: Momentum of SGD.
         weight_decay: Coupled L2: adds this times the weights to the gradient, for both optimisers.
         schedule: ``constant``, ``cosine``, ``cyclic`` or ``milestones:60/120`` (see :mod:`robeval.train.schedules`).
-        augment: ``none``, ``crop-flip``, ``crop-flip:pad=reflect``, ... (see :func:`robeval.train.augment.read`).
+        augment: ``none``, ``crop`` or ``crop-flip``.
         select: ``best`` keeps the epoch that is best on the held-out images, ``last`` the last one.
         select_on: ``robust`` (PGD-20 accuracy), ``clean``, or ``auto``: robust for methods that claim robustness.
         norm: Norm of the threat model of the log, of the selection and of the guard.
@@ -42,6 +42,8 @@ class Recipe:
         average_decay: Weight of the past in ``ema``.
         select_from: ``held-out`` training images for log and selection, or ``test``, as papers did: the model file
             then says that its numbers are optimistic.
+        channels_last: Train with the weights of convolutions in channels-last layout; only rounding differs.
+        compile: Train with the network compiled by torch.compile, which no method can that differentiates twice.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -67,6 +69,8 @@ class Recipe:
     average_start: float = 0.5
     average_decay: float = 0.999
     select_from: str = "held-out"
+    channels_last: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -82,6 +86,7 @@ class Recipe:
             raise UsageError(f"lr must be a number > 0, got {self.lr}", code="A04")
         for name, known in (
             ("optimizer", OPTIMIZERS),
+            ("augment", KINDS),
             ("select", ("best", "last")),
             ("select_on", ("auto", "robust", "clean")),
             ("average", ("none", "swa", "ema")),
@@ -89,7 +94,6 @@ class Recipe:
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
-        augment.read(self.augment)
         schedule(self.schedule, 1, 1)
         Ball(self.norm, self.eps)
 

@@ -129,7 +129,10 @@ def load(path: Path, identity: dict[str, str], device: torch.device | str) -> St
 
 #: Settings of the loop that earlier versions did not have; at their defaults they are not part of the identity, so that
 #: a training begun with such a version goes on.
-LATER = ("clip_gradient", "awp", "awp_warmup", "average", "average_start", "average_decay", "select_from")
+LATER = (
+    "clip_gradient", "awp", "awp_warmup", "average", "average_start", "average_decay", "select_from", "channels_last",
+    "compile",
+)  # fmt: skip
 
 
 def identity_of(method: str, settings: Mapping[str, Any], recipe: Any, **prints: str) -> dict[str, str]:
