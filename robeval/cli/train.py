@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from robeval.cli.common import Json, OnProgress, Quiet, device_named, note, print_json, progress, set_quiet
 from robeval.cli.loading import normalisation, pairs
 from robeval.core import catalogue
+from robeval.core.errors import RobevalError
 from robeval.core.numbers import number, pretty
 from robeval.train import orders
 from robeval.train.orders import Order
@@ -128,6 +130,15 @@ def train(
     ] = None,
     seed: Annotated[str | None, _flag("--seed", RUN, "Seed of weights, order and all draws.")] = None,
     device: Annotated[str | None, _flag("--device", RUN, "cpu, cuda or cuda:N.")] = None,
+    devices: Annotated[
+        str | None, _flag("--devices", RUN, "Processes, one device each; start them with torchrun.")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Colours last in memory: often faster.", rich_help_panel=RUN)
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile; not for double backward.", rich_help_panel=RUN)
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw the training of this file away first.", rich_help_panel=RUN)
     ] = False,
@@ -151,8 +162,17 @@ def train(
         return
     for text in notes(order, orders.values_of(layers)["method"]):
         note(text)
-    with progress(f"train {order.label}") as on_progress:
-        job, result = run(order, fresh=fresh, on_progress=on_progress)
+    silent = order.devices > 1 and not _first_process()  # the first process talks for all
+    set_quiet(quiet or json or silent)
+    try:
+        with progress(f"train {order.label}") as on_progress:
+            job, result = run(order, fresh=fresh, on_progress=on_progress)
+    except RobevalError as error:
+        if silent:
+            raise typer.Exit(error.exit_code) from None
+        raise
+    if silent:
+        return
     if result.resumed == "finished":
         note("this training is finished already; --fresh trains anew")
     elif result.resumed == "yes":
@@ -172,6 +192,11 @@ def train(
         f"{job.folder / 'log.csv'}   next: robeval attack {job.out} --data {order.data} --norm {recipe.norm}"
         f" --eps {order.eps}"
     )
+
+
+def _first_process() -> bool:
+    """Is this the first of the processes that torchrun or srun has started?"""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def flags(told: Mapping[str, Any]) -> orders.Layer:
@@ -218,7 +243,8 @@ def job_of(order: Order, fresh: bool = False) -> Job:
     told = {"data": order.data} | ({"preset": order.preset} if order.preset else {})
     return Job(
         order.spec, recipe, Path(order.out), order.model, order.model_arg, normalisation(order.normalise),
-        order.weights, order.init_from, order.surrogate, order.hold_out, fresh, device_named(order.device), told,
+        order.weights, order.init_from, order.surrogate, order.hold_out, fresh, device_named(order.device),
+        order.devices, told,
     )  # fmt: skip
 
 

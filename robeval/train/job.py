@@ -16,6 +16,7 @@ from robeval.models.build import build, is_factory
 from robeval.models.build import fit as fitted_arguments
 from robeval.models.checkpoint import save
 from robeval.models.load import load
+from robeval.train.devices import together
 from robeval.train.epoch import OnNotice, OnProgress
 from robeval.train.fit import FitResult, fit
 from robeval.train.initial import data_normalisation, seeded
@@ -38,7 +39,8 @@ class Job:
         surrogate: A model file for the test of transferred images after each epoch; empty for ``init_from``.
         held_out: Training images held out for log and selection; None for a tenth, at most 1,000; 0 for none.
         fresh: Throw an unfinished or finished training of this file away.
-        device: Where to train.
+        device: Where to train: cpu, cuda or cuda:N.
+        devices: Processes that train it together, one device each; more than one are started by torchrun.
         note: Plain values for the recipe in the model file, such as the name of the data.
     """
 
@@ -54,6 +56,7 @@ class Job:
     held_out: int | None = None
     fresh: bool = False
     device: str = "cpu"
+    devices: int = 1
     note: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -119,8 +122,10 @@ def run_job(
     else:
         seen = "held-out training images" if count else "first training batch"
         train, validation = holdout(images, count) if count else (images, None)
-    if job.fresh and job.folder.is_dir():
+    devices, device = together(job.devices, job.device)
+    if job.fresh and devices.first and job.folder.is_dir():
         shutil.rmtree(job.folder)
+    devices.wait()
     surrogate: Any = load(job.surrogate).module if job.surrogate else None
     result = fit(
         module,
@@ -129,13 +134,14 @@ def run_job(
         folder=job.folder,
         recipe=job.recipe,
         validation=validation,
-        device=job.device,
+        device=device,
+        devices=devices,
         pretrained=bool(job.init_from),
         surrogate=surrogate,
         on_progress=on_progress,
         on_notice=on_notice,
     )
-    if result.resumed != "finished" or not job.out.is_file():
+    if devices.first and (result.resumed != "finished" or not job.out.is_file()):
         recipe = {"method": job.method.method.name, "settings": job.method.settings, **asdict(job.recipe), **job.note}
         recipe |= {
             "init_from": job.init_from,

@@ -60,7 +60,10 @@ class Order:
     select_on: str = "auto"
     select_from: str = "held-out"
     seed: int = 0
+    channels_last: bool = False
+    compile: bool = False
     device: str = "cpu"
+    devices: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     model_arg: Mapping[str, str] = field(default_factory=dict)
 
