@@ -147,7 +147,7 @@ def _seen(point: Point, failed: Mapping[str, str]) -> str:
     if point.name in failed and not Path(point.order.out).is_file():
         return ""
     recipe = _recipe(point)[0]
-    return f"measured on: {recipe['metrics_on']}, n={recipe['metrics_images']}"
+    return f"measured on: {recipe['metrics_on']}, n={recipe.get('metrics_images', 'not stored')}"
 
 
 def _recipe(point: Point) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -170,9 +170,9 @@ def _row(point: Point, why: str, facts: AttackFacts | None) -> dict[str, Cell]:
     if why and not (facts or why.startswith("attack:")):
         return row
     recipe, metrics, digest = _recipe(point)
-    n = recipe["metrics_images"]
-    clean, pgd20 = (Rate(round(share * n), n) for share in judged(metrics))
-    row |= {"clean": clean, "PGD-20 <=": pgd20}
+    n = recipe.get("metrics_images", 0)  # models of early versions do not say
+    cells = [Rate(round(share * n), n) if n else f"{100 * share:.1f} %" for share in judged(metrics)]
+    row |= dict(zip(("clean", "PGD-20 <="), cells, strict=True))
     for eps in facts.radii if facts else []:
         assert facts is not None
         rate, name = facts.worst_case(eps), f"{facts.norm} {pretty(eps)}"
