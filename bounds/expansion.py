@@ -52,6 +52,8 @@ class Reading:
         residual: An eigenvalue lies this close to ``curvature``; nan where not computed.
         samples: Random starts or points used.
         confidence: nan for an estimate, 1 for a proof.
+        status: What became of the image where its kind does not say it, such as abstain; else empty.
+        p_lower: Lower confidence limit of the probability of the predicted class under noise; nan where there is none.
     """
 
     index: int
@@ -70,6 +72,8 @@ class Reading:
     residual: float = float("nan")
     samples: int = 0
     confidence: float = float("nan")
+    status: str = ""
+    p_lower: float = float("nan")
 
 
 @dataclass
