@@ -32,12 +32,13 @@ ARROWS: dict[str, set[str]] = {
 LOWER = {*ARROWS} - {"robeval.reports"}
 for floor in ("robeval.evaluate", "robeval.certify", "robeval.train"):
     ARROWS[floor] = LOWER
+ARROWS["robeval.diagnose"] = LOWER | {"robeval.evaluate"}
 ARROWS["robeval.interface"] = {*ARROWS}  # robeval from Python, beside the command line
 ARROWS["robeval.cli"] = {*ARROWS}
 ARROWS["robeval.bootstrap"] = set()
 ARROWS["robeval.__main__"] = {"robeval.cli"}
 #: Method files of these kinds must not lean on each other: an algorithm reads alone. Machinery beside them is shared.
-ALONE = {m.module for kind in ("attacks", "bounds") for m in catalogue.methods(kind).values()}
+ALONE = {m.module for kind in ("attacks", "bounds", "diagnostics") for m in catalogue.methods(kind).values()}
 #: What everybody may ask the package itself.
 ROOT_NAMES = ("robeval", "robeval.__version__")
 #: Never imported, by anybody, tests and examples included.
@@ -124,6 +125,7 @@ def test_imports_point_downwards_only() -> None:
         ("robeval.reports.table", "from robeval.core.ball import Ball"),
         ("robeval.train.fit", "from robeval.cli.common import note"),
         ("robeval.evaluate.run", "from . import verify"),
+        ("robeval.evaluate.run", "from robeval.diagnose.run import diagnose"),
         ("robeval.newfloor.x", ""),
     ],
 )
@@ -206,6 +208,7 @@ SECTIONS = {
     "models": ("Shapes", "Source"),
     "data": ("Source",),
     "references": ("Shapes", "Cost", "Source", "Departs"),
+    "diagnostics": ("Cost", "Source", "Departs"),
 }
 METHODS = [(kind, method) for kind in catalogue.KINDS for method in catalogue.methods(kind).values()]
 
@@ -223,7 +226,7 @@ def missing_in_docstring(doc: str, kind: str, settings: tuple[str, ...]) -> list
 @pytest.mark.parametrize("kind, method", METHODS, ids=[f"{kind}-{m.name}" for kind, m in METHODS])
 def test_method_docstrings_have_every_section(kind: str, method: catalogue.Method) -> None:
     assert missing_in_docstring(method.doc, kind, tuple(s.name for s in method.settings)) == []
-    if kind in ("attacks", "bounds", "trainers"):
+    if kind in ("attacks", "bounds", "trainers", "diagnostics"):
         assert method.facts.get("source"), f"{method.name} names no source"
 
 
@@ -235,6 +238,6 @@ def test_the_docstring_check_sees_what_is_missing() -> None:
 
 
 def test_one_file_holds_one_method_of_the_same_name() -> None:
-    for kind in ("attacks", "bounds", "trainers"):
+    for kind in ("attacks", "bounds", "trainers", "diagnostics"):
         homes = [(method.path.stem, method.function) for k, method in METHODS if k == kind]
         assert [(stem, function) for stem, function in homes if stem != function] == []

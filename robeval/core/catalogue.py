@@ -42,6 +42,7 @@ bound = _marks("Mark a bound. Facts: source, norms, kind (estimate, proof, proba
 trainer = _marks("Mark a trainer. Facts: source, norms, aliases.")
 architecture = _marks("Mark a function that builds a network. Facts: source.")
 dataset = _marks("Mark a function that loads a data set. Facts: source.")
+diagnostic = _marks("Mark a diagnostic. Facts: id, group, level, images, question, limit, source.")
 reference = _marks("Mark another package's attacks. Facts: source, norms, search, needs, word, by_word.")
 
 
@@ -61,6 +62,7 @@ KINDS = {
     "trainers": Kind("trainer", "robeval.train.methods", "trainer"),
     "models": Kind("architecture", "robeval.models.architectures", "architecture", hyphens=False),
     "data": Kind("dataset", "robeval.data.sources", "data set", hyphens=False),
+    "diagnostics": Kind("diagnostic", "robeval.diagnose.methods", "diagnostic"),
     "references": Kind("reference", "robeval.references", "reference", hyphens=False),
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 SCHEMA = 1
 CLEAN = "clean"
 CERTIFIED = "certified"
+#: The five words that a diagnostic can say of what it looked for; there is no word for a good model.
+CLEAR, WARNING, FAILED, NOT_RUN, DOES_NOT_APPLY = "clear", "warning", "FAILED", "not run", "does not apply"
 
 
 def col(doc: str, unit: str = "", default: Any = MISSING) -> Any:
@@ -87,6 +89,36 @@ class Certificate:
     backwards: int = col("gradients or Hessian-vector products taken", "passes")
     seed: int = col("seed of the run")
     bound_config_hash: str = col("hash of the bound's name and all its settings")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One test of the evaluation: what was looked for, what was seen, and what to do."""
+
+    id: str = col("id of the test, such as D1")
+    test: str = col("name of the test")
+    question: str = col("what it asks, in one sentence")
+    result: str = col("clear, warning, FAILED, not run, or does not apply")
+    measured: str = col("what was found")
+    limit: str = col("what it is held against")
+    n_images: int = col("images that were looked at", "images")
+    n_flagged: int = col("images that show the sign", "images")
+    interval95_low: float = col("lower end of the 95 % interval of what was measured; nan where it has none")
+    interval95_high: float = col("upper end of that interval; nan where it has none")
+    image_ids_file: str = col("file in the run folder with the ids of the images that show the sign, empty if none")
+    attack: str = col("attacks that the test ran, with loss and steps; empty if none")
+    norm: str = col("norm of the threat model")
+    eps: float = col("radius of the threat model", "pixels in [0, 1]")
+    seed: int = col("seed of the run")
+    counterexamples: int = col("images that this test was the first to break; they count in the headline", "images")
+    forwards: int = col("images passed forward", "passes")
+    backwards: int = col("gradients taken", "passes")
+    seconds: float = col("time that the test took", "seconds")
+    why: str = col("reason of a result that is not clear")
+    what_to_do: str = col("what mends it; for a warning the usual innocent causes too")
+    reference: str = col("source of the test")
+    group: int = col("group of the test: 1 contract, 2 gradients, 3 each attack, 4 attack against attack, 5 unit test")
+    tool_version: str = col("version of robeval")
 
 
 def describe(record: type) -> list[tuple[str, str, str, str]]:
