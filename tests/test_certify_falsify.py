@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from robeval.certify.falsify import attack_runs, falsify, hits, nearest, summary
+from robeval.reports.falsify import attack_runs, falsify, hits, nearest, summary
 from robeval.certify.repair import repaired
-from robeval.certify.run import Settings, certify
+from robeval.certify.run import certify
+from robeval.certify.settings import Settings
 from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images

@@ -81,7 +81,7 @@ def certify(
     classifier, chosen = load_both(
         model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
     )
-    from robeval.certify.falsify import attack_runs, hits, summary
+    from robeval.reports.falsify import attack_runs, hits, summary
     from robeval.certify.repair import repaired
     from robeval.certify.run import Settings
     from robeval.certify.run import certify as compute

@@ -80,7 +80,7 @@ class Backend:
             try:
                 parts.append(self._batch(question, goal, rows))
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise _told(error) from error
                 if self.capacity == 1 and self.floor == 1:
                     raise MachineError(
@@ -134,7 +134,7 @@ def _join(parts: list[Answer]) -> Answer:
     return Answer(*(torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "open", "loss", "grad")))
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         "out of memory" in text or "can't allocate memory" in text

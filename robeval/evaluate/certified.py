@@ -47,17 +47,15 @@ def certified(folder: str, classifier: Classifier, images: Images, norm: str) ->
             and manifest["model"]["fingerprint"] == classifier.fingerprint
             and manifest["data"]["fingerprint"] == images.facts()["fingerprint"]
             and manifest["threat"]["norm"] == norm
+            and manifest["settings"].get("top_k", 1) == 1  # within the k best is not first
         )
         if not same:
             continue
         frame = store.frame()
         proofs = frame[(frame["kind"] == "proof") & (frame["status"] == "verified") & frame["clean_correct"]]
-        for index, proven, eps, label in zip(
-            proofs["index"], proofs["radius"], proofs["eps"], proofs["bound"], strict=True
-        ):
-            reach = float(proven if proven == proven else eps)  # nan: verified at eps, no radius sought
+        for index, reach, label in zip(proofs["index"], proofs["radius"], proofs["bound"], strict=True):
             if int(index) in wanted and reach > radius.get(int(index), -1.0):
-                radius[int(index)], bound[int(index)] = reach, str(label)
+                radius[int(index)], bound[int(index)] = float(reach), str(label)
     if not radius:
         raise FileRefused(
             f"no proof about this model, these images and {norm} in {folder}",
