@@ -11,6 +11,8 @@ from typing import Any
 SCHEMA = 1
 CLEAN = "clean"
 CERTIFIED = "certified"
+#: Label of images that a diagnostic broke, before the test's id.
+COUNTEREXAMPLES = "diagnostic:"
 #: The five words that a diagnostic can say of what it looked for; there is no word for a good model.
 CLEAR, WARNING, FAILED, NOT_RUN, DOES_NOT_APPLY = "clear", "warning", "FAILED", "not run", "does not apply"
 

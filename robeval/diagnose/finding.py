@@ -6,11 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import beta
+from scipy.stats import beta, binomtest
 
 from robeval.core.records import CLEAR, DOES_NOT_APPLY, FAILED, NOT_RUN, WARNING
 
-__all__ = ["CLEAR", "DOES_NOT_APPLY", "FAILED", "NOT_RUN", "WARNING", "Finding", "not_run", "share_failed", "surely"]
+__all__ = [
+    "CLEAR",
+    "DOES_NOT_APPLY",
+    "FAILED",
+    "NOT_RUN",
+    "WARNING",
+    "Finding",
+    "not_run",
+    "share_failed",
+    "surely",
+    "wilson",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,14 @@ def not_run(why: str, result: str = NOT_RUN) -> Finding:
         result: ``not run`` or ``does not apply``.
     """
     return Finding(result, "-", "-", 0, why=why)
+
+
+def wilson(k: int, n: int) -> tuple[float, float] | None:
+    """95 % Wilson interval of a share; none when nothing was counted."""
+    if not n:
+        return None
+    interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def surely(k: int, n: int, confidence: float = 0.95) -> float:

@@ -29,7 +29,7 @@ from robeval.evaluate.settings import plan, searches_nearest
 from robeval.store.runstore import RunStore
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     """A model under diagnosis.
 
@@ -44,6 +44,7 @@ class Subject:
         surrogates: Models to craft transferred images on; may be empty.
         randomised: The model answers at random, and the user says so.
         batch_size: Most images in one model call.
+        certificates: Runs of bounds on the same model and images; may be empty.
     """
 
     model: Classifier
@@ -56,7 +57,8 @@ class Subject:
     surrogates: Sequence[Classifier] = ()
     randomised: bool = False
     batch_size: int = 256
-    #: Counterexamples that nobody has written down yet, and the attacks that were run since they were last asked for.
+    certificates: Sequence[RunStore] = ()
+    #: Every counterexample so far, and the attacks that the present test asked for.
     found: list[Counterexample] = field(default_factory=list)
     ran: dict[str, None] = field(default_factory=dict)
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from robeval.core.errors import ContractBroken
-from robeval.core.records import AttackRecord, Certificate
+from robeval.core.records import AttackRecord, Certificate, Diagnosis
 
 #: What names a row of each record.
 KEYS: dict[type, tuple[str, ...]] = {
     AttackRecord: ("index", "attack", "norm", "eps"),
     Certificate: ("index", "bound", "norm", "eps"),
+    Diagnosis: ("id",),
 }
 _PLACE = ("part", "example")
 #: Two computations of the same number may differ by this much: batches of other shapes sum in another order.

@@ -17,10 +17,10 @@ from typing import Any
 import robeval
 from robeval.core.errors import FileRefused, MachineError, UsageError
 from robeval.core.numbers import pretty
-from robeval.core.records import SCHEMA, AttackRecord, Certificate
+from robeval.core.records import SCHEMA, AttackRecord, Certificate, Diagnosis
 
 #: Kind of run -> its record.
-RECORDS: dict[str, type] = {"attack": AttackRecord, "certify": Certificate}
+RECORDS: dict[str, type] = {"attack": AttackRecord, "certify": Certificate, "diagnose": Diagnosis}
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "pyarrow", "safetensors", "torchattacks", "pyautoattack")
 
 
