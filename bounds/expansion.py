@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken
+from robeval.core.goal import column, without
 from robeval.core.losses import per_sample_loss
 from robeval.core.streams import Streams
 
@@ -31,6 +33,10 @@ KINKS = {
 }  # fmt: skip
 
 
+#: Margins f_j - f_y that stand for themselves, one for every rival class j: of logits, of probabilities.
+RIVALS = {"rivals": False, "rivals_prob": True}
+
+
 @dataclass
 class Reading:
     """What a bound says about one image, in plain numbers.
@@ -43,7 +49,7 @@ class Reading:
         loss: Name of the loss whose change is bounded.
         loss_value: Its value at the image; negative = correct.
         gradient_norm: Dual norm of its gradient.
-        constant: The constant L or C.
+        constant: The constant L or C; with one per rival, that of the rival which decides.
         domain: Where the constant was taken.
         arithmetic: Floating-point format, and whether rounding is enclosed.
         forwards: Images passed forward for this row.
@@ -54,6 +60,12 @@ class Reading:
         confidence: nan for an estimate, 1 for a proof.
         status: What became of the image where its kind does not say it, such as abstain; else empty.
         p_lower: Lower confidence limit of the probability of the predicted class under noise; nan where there is none.
+        rival: Class whose margin decides the radius, -1 for a loss over all rivals.
+        curvature_least: Smallest eigenvalue of the loss Hessian at the image; nan where not computed.
+        reach: Radius within which points were drawn; nan where none were.
+        blocks: Blocks of ``samples`` points whose largest values were fitted.
+        plain: Radius that the largest value seen gives, without a fit; nan without a fit.
+        p_value: Of the Kolmogorov-Smirnov test of the fit; nan where nothing varied or nothing was fitted.
     """
 
     index: int
@@ -68,12 +80,23 @@ class Reading:
     arithmetic: str
     forwards: int
     backwards: int
-    curvature: float = float("nan")
-    residual: float = float("nan")
+    curvature: float = math.nan
+    residual: float = math.nan
     samples: int = 0
-    confidence: float = float("nan")
+    confidence: float = math.nan
     status: str = ""
-    p_lower: float = float("nan")
+    p_lower: float = math.nan
+    rival: int = -1
+    curvature_least: float = math.nan
+    reach: float = math.nan
+    blocks: int = 0
+    plain: float = math.nan
+    p_value: float = math.nan
+
+    @property
+    def spectral_norm(self) -> float:
+        """Largest absolute eigenvalue of the loss Hessian at the image; nan unless both ends were computed."""
+        return max(self.curvature, -self.curvature_least) if self.curvature_least == self.curvature_least else math.nan
 
 
 @dataclass
@@ -108,16 +131,36 @@ class Expansion:
         )
         return hv.flatten(1)[: self.rows]
 
+    def hessian(self) -> Tensor:
+        """Every image's whole Hessian, one product per pixel. -> (n, d, d)."""
+        d = self.point[0].numel()
+        unit = torch.eye(d, dtype=self.point.dtype, device=self.point.device)
+        return torch.stack([self.product(unit[k].expand(self.rows, d)) for k in range(d)], 2)
 
-def expand(
-    classifier: Classifier, x: Tensor, y: Tensor, loss: str, temperature: float, *, second: bool = False
-) -> Expansion:
-    """Value and gradient of the loss at each image, and with ``second`` the means to take Hessian products.
 
-    Per-image losses do not interact, so the gradient of their sum holds every image's own gradient.
+def margin(
+    z: Tensor, y: Tensor, loss: str, temperature: float = 10.0, *, rival: Tensor | None = None, top: int = 1
+) -> Tensor:
+    """A loss below whose level the class cannot change: a named one, or f_j - f_y towards one rival of each row.
+
+    With ``top`` the k-th best rival counts instead of the best, for cw and cw_prob.
 
     Shapes:
-        x (n, C, H, W), y (n,).
+        (n, K), (n,) -> (n,).
+    """
+    if loss in RIVALS:
+        assert rival is not None
+        f = z.softmax(1) if RIVALS[loss] else z
+        return column(f, rival) - column(f, y)
+    if top > 1:
+        f = z.softmax(1) if loss == "cw_prob" else z
+        return without(f, y).topk(top, dim=1).values[:, -1] - column(f, y)
+    return per_sample_loss(z, y, loss, temperature)
+
+
+def forward(classifier: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points that ask for gradients, their labels and logits with a graph, in a batch filled up to the floor.
+
     Raises:
         ContractBroken: NaN or infinite logits, or no gradient with respect to the input.
     """
@@ -126,16 +169,42 @@ def expand(
     labels = torch.cat([y, y[:1].expand(fill)])
     with torch.enable_grad():
         z = classifier.logits(point)
-        bad = ~z.isfinite().all(1)[: len(x)]
-        if bad.any():
-            raise ContractBroken(f"NaN or Inf logits on {int(bad.sum())} clean images", code="C07")
-        if not z.requires_grad:
-            raise ContractBroken(
-                "the model gives no gradient with respect to its input",
-                code="C19",
-                why="a detach, a no_grad or a rounding inside the model cuts the graph; every bound would be infinite",
-            )
-        value = per_sample_loss(z, labels, loss, temperature)
+    bad = ~z.isfinite().all(1)[: len(x)]
+    if bad.any():
+        raise ContractBroken(f"NaN or Inf logits on {int(bad.sum())} clean images", code="C07")
+    if not z.requires_grad:
+        raise ContractBroken(
+            "the model gives no gradient with respect to its input",
+            code="C19",
+            why="a detach, a no_grad or a rounding inside the model cuts the graph; every bound would be infinite",
+        )
+    return point, labels, z
+
+
+def expand(
+    classifier: Classifier,
+    x: Tensor,
+    y: Tensor,
+    loss: str,
+    temperature: float,
+    *,
+    second: bool = False,
+    rival: Tensor | None = None,
+    top: int = 1,
+) -> Expansion:
+    """Value and gradient of the loss at each image, and with ``second`` the means to take Hessian products.
+
+    Per-image losses do not interact, so the gradient of their sum holds every image's own gradient.
+
+    Shapes:
+        x (n, C, H, W), y and rival (n,).
+    Raises:
+        ContractBroken: NaN or infinite logits, or no gradient with respect to the input.
+    """
+    point, labels, z = forward(classifier, x, y)
+    with torch.enable_grad():
+        towards = None if rival is None else torch.cat([rival, rival[:1].expand(len(point) - len(x))])
+        value = margin(z, labels, loss, temperature, rival=towards, top=top)
         (gradient,) = torch.autograd.grad(value.sum(), point, create_graph=second, materialize_grads=True)
     if not gradient[: len(x)].isfinite().all():
         raise ContractBroken(f"the gradient of {loss} is NaN or infinite", code="B02", do="try float64=true")

@@ -1,4 +1,4 @@
-"""The first-order bound of Finlay and Oberman with a sampled Lipschitz constant."""
+"""The first-order bound of Finlay and Oberman with sampled Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from robeval.bounds.expansion import Draws, OnBatch, Reading, expand
-from robeval.core.ball import Ball
+from robeval.bounds.expansion import Draws, OnBatch, Reading
+from robeval.bounds.margins import largest_per_column, measure, readings
 from robeval.core.catalogue import bound
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
@@ -20,6 +20,7 @@ from robeval.core.images import Images
     kind="estimate",
     order=1,
     smooth=False,
+    presets={"l-bound-paper": {"loss": "cw_prob"}},
 )
 def l_bound(
     classifier: Classifier,
@@ -29,57 +30,41 @@ def l_bound(
     batch_size: int = 256,
     on_batch: OnBatch | None = None,
     *,
-    loss: Literal["cw_prob", "cw", "softcw_lse"] = "cw_prob",
+    loss: Literal["rivals", "rivals_prob", "cw", "cw_prob", "softcw_lse", "softcw_prob"] = "rivals",
+    top: int = 1,
     temperature: float = 10.0,
+    level: float | None = None,
 ) -> list[Reading]:
-    """Margin over the largest loss gradient of the given images: radius = max(-loss, 0) / L.
+    """Gap over the largest gradient of the given images, rival by rival: radius = min_j (f_y - f_j) / L_j.
 
-    L is the largest dual norm of the loss gradient over ALL given images, misclassified ones included. It is an
-    ESTIMATE, since the supremum over the balls around the images can be larger than any value at an image.
+    L_j is the largest dual norm of the gradient of f_j - f_y over ALL given images, misclassified ones included. It is
+    an ESTIMATE, since the supremum over the balls around the images can be larger than any value at an image.
 
     Args:
-        loss: The margin loss: cw_prob on probabilities, cw on logits, softcw_lse a smooth upper bound of cw_prob.
-        temperature: Sharpness of softcw_lse; the others ignore it.
+        loss: rivals, every rival's logit less the true one's, each with a constant of its own; rivals_prob, the same of
+            probabilities; or one loss with one constant: cw on logits, cw_prob on probabilities (the paper's, preset
+            l-bound-paper), softcw_lse, which lies above cw_prob, softcw_prob, which lies below it.
+        top: The class is to stay among so many best ones; 1 means the best.
+        temperature: Sharpness of the two soft losses; the others ignore it.
+        level: Value of the loss at which the class can change; none means 0, and -log(K) / temperature for softcw_prob.
 
     Shapes:
         images (N, C, H, W) in [0, 1]; one reading per image, in their order.
     Cost:
-        One forward and one backward pass per image.
+        One forward pass per image, and one backward pass for each of its 10 best rivals; one for a single loss.
     Source:
         Finlay and Oberman 2019, arXiv:1905.11468, section 2.2.
     Departs:
-        None in the bound. The gradient of an image where rivals tie is that of one of them.
+        The paper takes one constant for the best rival's probability; a constant per rival and logits, whose gap does
+        not saturate, give larger radii. A rival that is among no image's 10 best gets the largest constant of all.
     Raises:
+        UsageError: a top that the loss does not have.
         ContractBroken: NaN logits or gradients, or a model without gradients.
     """
-    ball = Ball(norm, float("inf"))
-    slopes, values, predictions = [], [], []
-    for rows in torch.arange(len(images)).split(batch_size):
-        at = expand(classifier, images.x[rows], images.y[rows], loss, temperature)
-        slopes.append(ball.dual_norm(at.gradient[: at.rows].double()).cpu())
-        values.append(at.value.detach()[: at.rows].double().cpu())
-        predictions.append(at.logits.detach()[: at.rows].argmax(1).cpu())
-        if on_batch:
-            on_batch(int(rows[-1]) + 1, len(images), "l-bound")
-    slope, value, prediction = torch.cat(slopes), torch.cat(values), torch.cat(predictions)
-    constant = slope.max()
-    gap = (-value).clamp_min(0).masked_fill(prediction != images.y.cpu(), 0)
-    radius = torch.where(gap > 0, gap / constant, 0)  # infinite for a network that is constant on all images
-    kind = str(images.x.dtype).removeprefix("torch.")
-    return [
-        Reading(
-            index=int(images.ids[i]),
-            label=int(images.y[i]),
-            prediction=int(prediction[i]),
-            radius=float(radius[i]),
-            loss=loss,
-            loss_value=float(value[i]),
-            gradient_norm=float(slope[i]),
-            constant=float(constant),
-            domain="test set",
-            arithmetic=f"{kind}, rounding not enclosed",
-            forwards=1,
-            backwards=1,
-        )
-        for i in range(len(images))
-    ]
+    at = measure(
+        classifier, images, norm, loss, temperature,
+        top=top, zero=level, batch_size=batch_size, on_batch=on_batch, name="l-bound",
+    )  # fmt: skip
+    constant = largest_per_column(at.slope).expand_as(at.gap)
+    radius = torch.where(at.gap > 0, at.gap / constant, 0)  # infinite for a network that is constant on all images
+    return readings(images, at, radius, at.deciding(radius, top), constant, loss=loss, domain="test set")

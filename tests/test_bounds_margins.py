@@ -8,15 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robeval.bounds.c_bound import c_bound, second_order_radius
+from robeval.bounds.c_bound import c_bound
+from robeval.bounds.curvature import dual_constant, second_order_radius
 from robeval.bounds.expansion import Reading, expand, kinks
 from robeval.bounds.l_bound import l_bound
+from robeval.bounds.margins import level
+from robeval.core import catalogue
+from robeval.core.ball import DUAL, vector_norm
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken, UsageError
 from robeval.core.images import Images
 from robeval.core.losses import per_sample_loss
+from robeval.core.smooth import SmoothReLU
 from robeval.core.streams import Streams
-from robeval.models.activations import SmoothReLU
 from tests.problems import attack, exact_distance, images, linear, network
 
 F64 = torch.float64
@@ -131,7 +135,7 @@ def test_a_misclassified_image_still_counts_in_the_constant() -> None:
 
 def test_the_c_bound_by_hand() -> None:
     model, these = smooth()
-    readings = c_bound(model, these, "l2", rng, tolerance=1e-8)
+    readings = c_bound(model, these, "l2", rng, tolerance=1e-8, loss="softcw_lse")
 
     def loss(flat: Tensor, y: Tensor) -> Tensor:
         return per_sample_loss(model.logits(flat.view(1, 1, 4, 4)), y[None], "softcw_lse")[0]
@@ -193,14 +197,124 @@ def test_kinks_are_seen_where_layers_cannot_be(function: object, called: list[st
     assert kinks(function(x - 0.5).flatten(1) * 2) == called  # type: ignore[operator]
 
 
-def test_other_norms_and_kinked_losses_are_refused() -> None:
+def test_kinked_losses_are_refused() -> None:
     model, these = smooth()
-    for norm in ("linf", "l1"):
-        with pytest.raises(UsageError, match=f"c-bound has no {norm} form"):
-            c_bound(model, these, norm, rng)
     with pytest.raises(ContractBroken, match="maximum over 2 classes") as caught:
         c_bound(model, these, "l2", rng, loss="cw_prob")
     assert caught.value.code == "B01"
+    assert "rivals" in caught.value.do
+
+
+def pairwise(model: Classifier, x: Tensor, y: Tensor, space: str) -> tuple[Tensor, Tensor, Tensor]:
+    """f_j - f_y of all classes j, its gradients and Hessians, by torch.func. -> (n, K), (n, K, d), (n, K, d, d)."""
+
+    def one(flat: Tensor, label: Tensor) -> Tensor:
+        z = model.logits(flat.view(1, *x.shape[1:]))[0]
+        f = z.softmax(0) if space == "rivals_prob" else z
+        return f - f[label]
+
+    rows = [(p.flatten(), label) for p, label in zip(x, y, strict=True)]
+    return (
+        torch.stack([one(*r) for r in rows]),
+        torch.stack([torch.func.jacrev(one)(*r) for r in rows]),  # type: ignore[no-untyped-call]
+        torch.stack([torch.func.hessian(one)(*r) for r in rows]),  # type: ignore[no-untyped-call]
+    )
+
+
+@pytest.mark.parametrize("space", ["rivals", "rivals_prob"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_one_constant_per_rival_by_hand(norm: str, space: str) -> None:
+    model, these = smooth(4, rows=12)
+    value, gradient, _ = pairwise(model, these.x, these.y, space)
+    slope = vector_norm(gradient.flatten(0, 1), DUAL[norm]).view_as(value)
+    own = torch.nn.functional.one_hot(these.y, 4).bool()
+    constant = slope.masked_fill(own, 0).amax(0)
+    each = ((-value).clamp_min(0) / constant).masked_fill(own, math.inf)
+    for top in (1, 2):
+        found = l_bound(model, these, norm, rng, loss=space, top=top)  # type: ignore[arg-type]
+        expected, which = each.kthvalue(top, dim=1)
+        torch.testing.assert_close(radii(found), expected, rtol=1e-12, atol=0)
+        assert [r.rival for r in found] == which.tolist()
+        assert [r.constant for r in found] == pytest.approx(constant[which].tolist(), rel=1e-12)
+        assert all((r.forwards, r.backwards) == (1, 3) for r in found)
+    one = radii(l_bound(model, these, norm, rng, loss="cw" if space == "rivals" else "cw_prob"))
+    assert (radii(l_bound(model, these, norm, rng, loss=space)) >= 0).all()  # type: ignore[arg-type]
+    assert (each.amin(1) > one * 0.999).float().mean() > 0.5  # a constant of its own costs a rival nothing
+
+
+def test_the_order_of_the_rivals_does_not_matter_to_a_top_k_loss() -> None:
+    model, these = smooth(4, rows=12)
+    for loss, top in (("cw", 2), ("cw_prob", 3)):
+        value, _, _ = pairwise(model, these.x, these.y, "rivals" if loss == "cw" else "rivals_prob")
+        own = torch.nn.functional.one_hot(these.y, 4).bool()
+        ranked = value.masked_fill(own, -math.inf).sort(1, descending=True).values[:, top - 1]
+        found = l_bound(model, these, "l2", rng, loss=loss, top=top)  # type: ignore[arg-type]
+        assert [r.loss_value for r in found] == pytest.approx(ranked.tolist(), rel=1e-9)
+    for loss, top in (("softcw_lse", 2), ("rivals", 4), ("rivals", 0)):
+        with pytest.raises(UsageError, match="top"):
+            l_bound(model, these, "l2", rng, loss=loss, top=top)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_curvature_per_rival_by_hand(norm: str) -> None:
+    model, these = smooth(3, rows=8)
+    value, gradient, hessian = pairwise(model, these.x, these.y, "rivals")
+    slope = vector_norm(gradient.flatten(0, 1), DUAL[norm]).view_as(value)
+    top = torch.linalg.eigvalsh(hessian)[..., -1].clamp_min(0)
+    entries = hessian.abs().flatten(2)
+    c = {"l2": top, "linf": torch.minimum(16 * top, entries.sum(2)), "l1": torch.minimum(top, entries.amax(2))}[norm]
+    own = torch.nn.functional.one_hot(these.y, 3).bool()
+    constant = c.masked_fill(own, 0).amax(0)
+    each = second_order_radius((-value).clamp_min(0).masked_fill(own, math.inf), slope, constant.expand_as(value))
+    # With every rival looked at the constants are these; else a constant can only come from fewer images.
+    found = c_bound(model, these, norm, rng, tolerance=1e-9)
+    assert all(r.constant <= float(constant.max()) * (1 + 1e-6) for r in found)
+    nearest = each.amin(1)
+    for r, slope_, gap in zip(found, slope, -value, strict=True):
+        assert r.gradient_norm == pytest.approx(float(slope_[r.rival]), rel=1e-9)
+        reached = r.gradient_norm * r.radius + r.constant * r.radius**2 / 2
+        assert reached == pytest.approx(float(gap[r.rival]), rel=1e-9)
+    assert (radii(found) >= nearest * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_the_dual_constant_bounds_every_quadratic_form(norm: str) -> None:
+    a = torch.randn(30, 9, 9, dtype=F64, generator=torch.Generator().manual_seed(3))
+    a = a + a.mT - 2 * torch.eye(9, dtype=F64) * torch.linspace(-2, 4, 30, dtype=F64)[:, None, None]
+    w = torch.randn(4000, 9, dtype=F64, generator=torch.Generator().manual_seed(4))
+    w = torch.cat([w.sign(), w / w.abs().sum(1, keepdim=True), torch.eye(9, dtype=F64)])
+    w = w / vector_norm(w, norm)[:, None]
+    seen = torch.einsum("pi,nij,pj->np", w, a, w).amax(1)
+    assert (dual_constant(torch.linalg.eigvalsh(a)[:, -1], norm, 9) >= seen - 1e-12).all()
+
+
+def test_both_ends_and_the_spectral_norm() -> None:
+    model, these = smooth(3, rows=6)
+    _, _, hessian = pairwise(model, these.x, these.y, "rivals")
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    for r, ends in zip(c_bound(model, these, "l2", rng, tolerance=1e-9, ends="both"), eigenvalues, strict=True):
+        assert r.curvature == pytest.approx(float(ends[r.rival, -1]), rel=1e-6, abs=1e-9)
+        assert r.curvature_least == pytest.approx(float(ends[r.rival, 0]), rel=1e-6, abs=1e-9)
+        assert r.spectral_norm == pytest.approx(float(ends[r.rival].abs().max()), rel=1e-6, abs=1e-9)
+    assert all(math.isnan(r.spectral_norm) for r in c_bound(model, these, "l2", rng))
+
+
+def test_the_paper_mode_is_tulips() -> None:
+    """Margin of probabilities, one constant, level 0 even for the soft mean that lies below the maximum."""
+    model, these = smooth(3, rows=8)
+    for name, loss in (("l-bound-paper", "cw_prob"), ("c-bound-paper", "softcw_prob")):
+        spec = catalogue.parse("bounds", name)
+        assert (spec.label, spec.settings["loss"]) == (name, loss)
+        found = spec.method.load()(model, these, "l2", rng, **spec.settings)
+        constant = found[0].constant
+        for r in found:
+            gap, a = max(-r.loss_value, 0), r.gradient_norm
+            by_hand = gap / constant if name[0] == "l" else ((a * a + 2 * constant * gap) ** 0.5 - a) / constant
+            assert r.radius == pytest.approx(by_hand, rel=1e-6, abs=1e-12)
+    own = c_bound(model, these, "l2", rng, loss="softcw_prob")
+    released = c_bound(model, these, "l2", rng, loss="softcw_prob", level=0.0)
+    assert level("softcw_prob", 3, 10.0) == pytest.approx(-math.log(3) / 10)
+    assert all(a.radius < b.radius for a, b in zip(own, released, strict=True) if b.radius > 0)
 
 
 class Constant(nn.Module):

@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 
 from robeval.core.records import CLEAN
+from robeval.reports.certificates import CertificateFacts
+from robeval.reports.stats import Rate
 from robeval.store.find import runs
 from robeval.store.runstore import RunStore
 
@@ -107,32 +109,43 @@ def falsify(certificates: pd.DataFrame, attacks: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(store: RunStore, attacks: pd.DataFrame) -> list[dict[str, Any]]:
-    """One plain row per bound of a certify run: radii, constant, cost, and how attacks contradict it.
+    """One plain row per bound of a certify run.
 
-    ``mean_radius`` is over all images, misclassified ones counting 0; ``median_radius`` too.
+    Every bound: images, radii (misclassified images count 0), constant, cost. An estimate has no certified accuracy; it
+    is held against the attacks. Proofs and probabilistic bounds have ``certified``, the share of images at each radius
+    asked for, and ``statuses``.
     """
-    certificates = store.frame()
-    against = falsify(certificates, attacks).set_index("bound")
-    took = {k: v["seconds"] for session in store.sessions() for k, v in session.get("bounds", {}).items()}
+    facts = CertificateFacts(store)
     table = []
-    for bound, rows in certificates.groupby("bound", sort=False):
-        first = rows.iloc[0]
-        table.append(
-            {
-                "bound": bound,
-                "kind": first["kind"],
-                "norm": first["norm"],
-                "loss": first["loss"],
-                "images": len(rows),
-                "correct": int(rows["clean_correct"].sum()),
-                "mean_radius": float(rows["radius"].mean()),
-                "median_radius": float(rows["radius"].median()),
-                "constant": float(first["constant"]),
-                "domain": first["domain"],
-                "arithmetic": first["arithmetic"],
-                "passes": int(rows["forwards"].sum() + rows["backwards"].sum()),
-                "seconds": took.get(bound, math.nan),
-                **against.loc[bound].drop("norm").to_dict(),
-            }
-        )
+    for bound, kind in facts.kinds.items():
+        rows, reach = facts.rows(bound), facts.reach(bound)
+        first, sought = rows.iloc[0], bool(rows["eps"].isna().any())
+        row = {
+            "bound": bound,
+            "kind": kind,
+            "norm": first["norm"],
+            "loss": first["loss"],
+            "images": len(rows),
+            "correct": int(rows["clean_correct"].sum()),
+            "mean_radius": float(reach.mean()) if sought else math.nan,
+            "median_radius": float(reach.median()) if sought else math.nan,
+            "constant": float(rows["constant"].max()),
+            "domain": first["domain"],
+            "arithmetic": first["arithmetic"],
+            "confidence": float(first["confidence"]),
+            "passes": int(rows["forwards"].sum() + rows["backwards"].sum()),
+            "seconds": facts.seconds(bound),
+        }
+        if kind == "estimate":
+            seen = attacks if facts.top[bound] == 1 else attacks[:0]  # attacks ask for the best class
+            row |= falsify(rows.reset_index(), seen).iloc[0].drop(["bound", "norm"]).to_dict()
+        else:
+            row["certified"] = [_share(eps, facts.certified(bound, eps)) for eps in facts.radii]
+            row["statuses"] = [facts.statuses(bound, None if sought else eps) for eps in facts.radii or [math.nan]]
+        table.append(row)
     return table
+
+
+def _share(eps: float, rate: Rate) -> dict[str, Any]:
+    low, high = rate.interval
+    return {"eps": eps, "k": rate.k, "n": rate.n, "value": rate.value, "low": low, "high": high}
