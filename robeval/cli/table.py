@@ -32,26 +32,35 @@ def table(
     ci: Annotated[
         str, typer.Option("--ci", help="Intervals in LaTeX: bracket, pm or none.", rich_help_panel=OUTPUT)
     ] = "bracket",
+    allow_undiagnosed: Annotated[
+        bool,
+        typer.Option("--allow-undiagnosed", help="Show attack runs without a diagnosis, marked with a dagger."),
+    ] = False,
     out: Annotated[str | None, typer.Option("--out", help="Write to this file.", rich_help_panel=OUTPUT)] = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a table from finished runs, from their records alone."""
     set_quiet(quiet)
+    from robeval.reports.diagnoses import diagnosed, insist_on_diagnosis, is_counterexamples
     from robeval.reports.tables import attacks_table, models_table
     from robeval.reports.writers import write
     from robeval.store.files import cannot_write, write_whole
     from robeval.store.find import runs as find_runs
 
     stores = [s for text in runs for s in find_runs(text)]
+    if not allow_undiagnosed:
+        insist_on_diagnosis(d for d in diagnosed(stores) if norm in (None, d.facts.norm))
     if layout == "models":
         texts = [write(models_table(stores, norm), form, ci)]
     elif layout == "attacks":
         chosen = [
-            s for s in stores if s.manifest()["kind"] == "attack" and norm in (None, s.manifest()["threat"]["norm"])
-        ]
+            s for s in stores
+            if s.manifest()["kind"] == "attack" and norm in (None, s.manifest()["threat"]["norm"])
+            and not is_counterexamples(s.manifest())
+        ]  # fmt: skip
         if form in ("json", "csv") and len(chosen) != 1:
             raise UsageError(f"--layout attacks as {form} takes one run, these are {len(chosen)}", code="T03")
-        texts = [write(attacks_table(s), form, ci) for s in chosen]
+        texts = [write(attacks_table(s, stores), form, ci) for s in chosen]
     else:
         raise unknown("layout", layout, ("models", "attacks"))
     for store in stores:

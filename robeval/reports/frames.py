@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from robeval.core.records import CERTIFIED, CLEAN
+from robeval.core.records import CERTIFIED, CLEAN, COUNTEREXAMPLES
 from robeval.reports.stats import Rate
 from robeval.store.runstore import RunStore
 
@@ -44,14 +45,28 @@ class AttackFacts:
 
     Args:
         store: The run.
+        more: Runs on the same model, data and norm whose finds count too: what diagnostics broke.
+        struck: Successes that do not hold and count for nothing: folder, image, attack and radius.
     """
 
-    def __init__(self, store: RunStore):
+    def __init__(
+        self,
+        store: RunStore,
+        more: Sequence[RunStore] = (),
+        struck: Collection[tuple[str, int, str, float]] = (),
+    ):
         self.store, self.manifest = store, store.manifest()
         self.norm: str = self.manifest["threat"]["norm"]
         frame = store.frame()
         self.clean = frame[frame["attack"] == CLEAN].set_index("index")
         self.attacks = frame[~frame["attack"].isin([CLEAN, CERTIFIED])]
+        if struck:
+            keys = zip(self.attacks["index"], self.attacks["attack"], self.attacks["eps"], strict=True)
+            held = [(store.folder.name, *key) not in struck for key in keys]
+            self.attacks = self.attacks.assign(success=self.attacks["success"] & held)
+        for found in (other.frame() for other in more):
+            found = found[found["attack"].str.startswith(COUNTEREXAMPLES) & found["index"].isin(self.clean.index)]
+            self.attacks = pd.concat([self.attacks, found], ignore_index=True) if len(found) else self.attacks
         self.certified = frame[frame["attack"] == CERTIFIED]
         self.planned = int(self.manifest["data"]["images"])
         self.labels: list[str] = [m["label"] for m in self.manifest["methods"]]
@@ -62,6 +77,8 @@ class AttackFacts:
         """Every image has been decided by every attack that had to see it."""
         if len(self.clean) < self.planned:
             return False
+        if "counterexamples_of" in self.manifest["settings"]:  # a diagnostic stops when its question is answered
+            return True
         for method in self.manifest["methods"]:
             for eps in self.radii or [math.inf]:
                 mine = self.attacks[self.attacks["attack"] == method["label"]]
@@ -96,10 +113,21 @@ class AttackFacts:
         """Upper bound on robust accuracy: images that no attack broke."""
         return Rate(int(self.standing(eps).sum()), len(self.clean))
 
-    def not_evaluated(self, eps: float) -> int:
-        """Images that stand only because the model gave no answer under attack."""
+    def lost(self, eps: float) -> list[int]:
+        """Ids of images that stand only because the model gave no answer under attack."""
         failed = self.attacks[(self.attacks["error"] != "") & (self.attacks["eps"] >= eps)]
-        return int(self.standing(eps).reindex(failed["index"].unique()).sum())
+        standing = self.standing(eps).reindex(failed["index"].unique())
+        return [int(index) for index in standing.index[standing]]
+
+    def not_evaluated(self, eps: float) -> int:
+        """How many images stand only because the model gave no answer under attack."""
+        return len(self.lost(eps))
+
+    def lowered(self, eps: float) -> int:
+        """Images that diagnostics broke at this radius and no attack did."""
+        hits = self.hits(eps)
+        found = hits["attack"].str.startswith(COUNTEREXAMPLES)
+        return len(set(hits.loc[found, "index"]) - set(hits.loc[~found, "index"]))
 
     def ran(self, label: str, eps: float) -> pd.DataFrame:
         """Records of an attack that was run at this radius, or that searched the nearest point."""

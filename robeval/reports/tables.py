@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,10 @@ import pandas as pd
 
 from robeval.core.errors import FileRefused, UsageError
 from robeval.core.numbers import pretty
+from robeval.reports.diagnoses import DAGGER, Diagnosed, diagnosed
 from robeval.reports.frames import AttackFacts
 from robeval.reports.stats import Rate
+from robeval.reports.verdict import FOOT, UNDIAGNOSED
 from robeval.store.runstore import RunStore
 
 Cell = str | int | float | Rate | None
@@ -46,11 +49,11 @@ class Table:
         return {"title": self.title, "rows": rows, "notes": self.notes}
 
 
-def _attack_stores(stores: list[RunStore], norm: str | None) -> list[AttackFacts]:
-    facts = [AttackFacts(s) for s in stores if s.manifest()["kind"] == "attack"]
+def _attack_runs(stores: list[RunStore], norm: str | None) -> list[Diagnosed]:
+    runs = diagnosed(stores)
     if norm is None:
-        one_norm({f.norm for f in facts})
-    return [f for f in facts if norm in (None, f.norm)]
+        one_norm({d.facts.norm for d in runs})
+    return [d for d in runs if norm in (None, d.facts.norm)]
 
 
 def one_norm(norms: set[str]) -> None:
@@ -134,14 +137,16 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
         FileRefused: no run in that norm.
     """
     one_name_one_model(stores)
-    facts = _attack_stores(stores, norm)
+    runs = _attack_runs(stores, norm)
+    facts = [d.facts for d in runs]
     if not facts:
         return _bounds_table(stores, norm)
     rows: list[dict[str, Cell]] = []
     columns = ["model", "eps", "clean"]
     notes: list[str] = []
-    for f in facts:
-        name = f.manifest["model"]["name"] + ("" if f.complete else " (incomplete)")
+    for run in runs:
+        f, bare = run.facts, run.diagnosis is None and bool(run.facts.radii)
+        name = f.manifest["model"]["name"] + ("" if f.complete else " (incomplete)") + (f" {DAGGER}" if bare else "")
         for eps in f.radii:
             row: dict[str, Cell] = {"model": name, "eps": pretty(eps), "clean": f.clean_accuracy}
             for a in f.per_attack(eps):
@@ -149,7 +154,7 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
                 if not a.alone:
                     note = "attacks ran one after the other over the images still standing; such columns are cumulative"
                     notes += [note] if note not in notes else []
-            row["worst case <="] = f.worst_case(eps)
+            row["worst case <="], row["diagnostics"] = f.worst_case(eps), run.said(eps)
             rows.append(row)
         if not f.radii:
             rows.append({"model": name, "eps": "-", "clean": f.clean_accuracy})
@@ -160,6 +165,7 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
             row.update(estimates(stores, f))
         if found < len(f.clean):
             notes.append(f"{name}: the mean distance is over the {found} of {len(f.clean)} images where one was found")
+        notes += _diagnosis_notes(run)
         notes.append(provenance(f))
     alone = {s.manifest()["threat"]["norm"] for s in stores if s.manifest()["kind"] == "certify"} - {
         f.norm for f in facts
@@ -168,15 +174,36 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
         notes.append(f"bounds in {', '.join(sorted(alone))} are left out: nothing here was attacked in that norm")
     for row in rows:
         columns += [c for c in row if c not in columns]
-    last = [c for c in columns if c in ("worst case <=", "mean distance", "found") or "mean" in c or "inside" in c]
+    last = [
+        c
+        for c in columns
+        if c in ("worst case <=", "diagnostics", "mean distance", "found") or "mean" in c or "inside" in c
+    ]
     columns = [c for c in columns if c not in last] + last
     title = f"Robust accuracy in {facts[0].norm}: images that no attack broke, an upper bound"
-    return Table(title, columns, rows, notes)
+    return Table(title, columns, rows, list(dict.fromkeys(notes)))
 
 
-def attacks_table(store: RunStore) -> Table:
-    """One run: attacks against radii, with what each cost."""
-    f = AttackFacts(store)
+def _diagnosis_notes(run: Diagnosed) -> list[str]:
+    """What stands behind the numbers of a run: its verdict and what that cannot show, or that nobody looked."""
+    end, name = run.verdict(), run.facts.manifest["model"]["name"]
+    if end is None:
+        return [f"{DAGGER} {name}: diagnostics {UNDIAGNOSED}"] if run.facts.radii else []
+    lowered = {pretty(eps): run.facts.lowered(eps) for eps in run.facts.radii}
+    more = [f"the diagnostics broke {k} more at {eps}" for eps, k in lowered.items() if k]
+    return ["; ".join([f"{name}: {end.text}", *more]), FOOT]
+
+
+def attacks_table(store: RunStore, beside: Sequence[RunStore] = ()) -> Table:
+    """One run: attacks against radii, with what each cost, and the headline of each radius.
+
+    Args:
+        store: The run.
+        beside: Other runs, of which those that diagnosed the same model count.
+    """
+    others = [s for s in beside if s.folder != store.folder]
+    run = next(d for d in diagnosed([store, *others]) if d.facts.store is store)
+    f = run.facts
     rows: list[dict[str, Cell]] = []
     for eps in f.radii:
         for a in f.per_attack(eps):
@@ -194,6 +221,8 @@ def attacks_table(store: RunStore) -> Table:
                     "as": "alone" if a.alone else "cumulative",
                 }
             )
+        if f.lowered(eps):
+            rows.append({"eps": pretty(eps), "attack": "diagnostics", "first to break": f.lowered(eps)})
         rows.append({"eps": pretty(eps), "attack": "worst case", "robust <=": f.worst_case(eps)})
     columns = ["eps", "attack", "robust <=", "attacked", "broken", "first to break", "forwards", "backwards", "as"]
     if not f.radii:
@@ -207,7 +236,8 @@ def attacks_table(store: RunStore) -> Table:
         f"empirical distance, misclassified images 0: mean {mean:.4g} over the {found} of {len(f.clean)} images where "
         f"one was found, median {median:.4g} over all"
     )
-    return Table(title, columns, rows, [provenance(f), distance])
+    said = [run.headline(eps) for eps in f.radii] + _diagnosis_notes(run)
+    return Table(title, columns, rows, [provenance(f), distance, *said])
 
 
 def _nearest(f: AttackFacts) -> list[dict[str, Cell]]:
