@@ -50,7 +50,7 @@ def graph(subject: Subject) -> Finding:
     Departs:
         Only a missing graph counts, not any exception: another error of the model is an error of the diagnosis.
     """
-    images, limit = subject.correct(4), "a gradient"
+    images, limit = subject.some(4), "a gradient"
     try:
         subject.gradient("ce", images.x, images.y)
     except RuntimeError as error:

@@ -30,27 +30,26 @@ def loss_disagreement(subject: Subject) -> Finding:
     Source:
         None; in the SOAR paper the gap is 35 points for SOAR and 0.8 to 5.8 for five honest models.
     Departs:
-        Cross-entropy and margin are each held against the strongest. DLR is not: it is the weakest loss on honest
-        models too.
+        Cross-entropy alone is held against the strongest, as in the table that the marks come from. Margin and DLR
+        without a target lie up to 10 points above the targeted margin on honest models too.
     """
     images = subject.correct(images_of(subject))
     total, broken = len(subject.some(images_of(subject))), by_loss(subject, images)
     standing = {loss: len(images) - int(hit.sum()) for loss, hit in broken.items()}
     accuracy = {loss: points(count, total) for loss, count in standing.items()}
     strongest = min(accuracy, key=accuracy.__getitem__)
-    weaker = max(("ce", "margin"), key=accuracy.__getitem__)
-    gap = accuracy[weaker] - accuracy[strongest]
+    gap = accuracy["ce"] - accuracy[strongest]
     alone = _reported(subject)
     single = len(alone) == 1
     result = FAILED if gap > LEAD_FAIL or single else WARNING if gap > LEAD_WARN else CLEAR
-    why = [f"{strongest} breaks {gap:.1f} points more than {weaker}"] if gap > LEAD_WARN else []
+    why = [f"{strongest} breaks {gap:.1f} points more than cross-entropy"] if gap > LEAD_WARN else []
     why += [f"the reported gradient attacks all use one loss, {next(iter(alone))}"] if single else []
     return Finding(
         result,
         measured=", ".join(f"{loss} {a:.1f}" for loss, a in accuracy.items()) + f" %; gap {gap:.1f}",
         limit="8 points; FAILED above 15, or one reported loss",
         n_images=len(images),
-        flagged=ids(images, broken[strongest] & ~broken[weaker]) if gap > LEAD_WARN else (),
+        flagged=ids(images, broken[strongest] & ~broken["ce"]) if gap > LEAD_WARN else (),
         what_to_do="report the minimum over losses; attack with margin and targeted losses besides"
         if result != CLEAR
         else "",
