@@ -52,6 +52,7 @@ MEANING = {
     "MachineError": "disk, memory, device or rights",
     "Incomplete": "stopped before the end; the same command goes on",
     "GateFailed": "a threshold that the user set was not met",
+    "Contradicted": "an attack landed inside a proof: one of the two is wrong, both records are kept",
 }
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "attack": ("attack", "Main job", "Attack a classifier image by image."),
     "transfer": ("transfer", "Main job", "Craft images on each model, judge them on every model."),
     "certify": ("certify", "Main job", "Bound the robustness of a classifier image by image."),
+    "sandwich": ("sandwich", "Results", "Proofs below, attacks above: what is certified and what is broken."),
     "table": ("table", "Results", "Make a table from finished runs."),
     "compare": ("compare", "Results", "Compare two attack runs image by image, with a paired test."),
     "curve": ("curve", "Results", "Robust accuracy against every eps, as a table or a plot."),
@@ -76,7 +77,7 @@ def _version(show: bool) -> None:
 
 @app.callback(
     epilog="Exit codes: 0 complete, 1 fault of robeval, 2 usage, 3 file refused, 4 model or data break the "
-    "contract, 5 machine, 6 incomplete and resumable, 7 a threshold was not met."
+    "contract, 5 machine, 6 incomplete and resumable, 7 a threshold was not met, 8 an attack landed inside a proof."
 )
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from robeval.cli.certifying import plain, show
 from robeval.cli.common import Device, Json, Quiet, note, print_json, progress, set_quiet
 from robeval.cli.loading import (
     Arch,
@@ -23,6 +24,11 @@ from robeval.cli.loading import (
     load_both,
 )
 from robeval.core import catalogue
+
+if TYPE_CHECKING:
+    from robeval.core.classifier import Classifier
+    from robeval.core.images import Images
+    from robeval.store.runstore import RunStore
 
 BOUND = "Bound"
 
@@ -40,6 +46,7 @@ EXAMPLES = (
     "**Examples**\n\n"
     "    robeval certify model.pt --bound l-bound --norm linf\n\n"
     "    robeval certify model.pt --bound l-bound --bound c-bound:tolerance=1e-3 --norm l2 --images 200\n\n"
+    "    robeval certify model.pt --bound ibp --bound crown --norm linf --eps 1/255,2/255\n\n"
     "**Bounds** (settings after a colon; an estimate is no proof)\n\n" + _bounds_help()
 )
 
@@ -51,6 +58,18 @@ def certify(
         typer.Option("--bound", "-b", help="A bound, repeatable. l-bound by default.", rich_help_panel=BOUND),
     ] = None,
     norm: Annotated[str, typer.Option("--norm", help="linf, l2 or l1.", rich_help_panel=BOUND)] = "l2",
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            "--eps",
+            help="Radii to prove, such as 1/255,2/255; without it the largest radius of each image is sought.",
+            rich_help_panel=BOUND,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", min=1, help="The class is to stay among so many best ones.", rich_help_panel=BOUND),
+    ] = 1,
     runs: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +86,12 @@ def certify(
     normalise: Normalise = "none",
     seed: Seed = 0,
     batch_size: BatchSize = 256,
+    shard: Annotated[
+        str,
+        typer.Option(
+            "--shard", help="i/n: the i-th of n parts of the images; not for estimates.", rich_help_panel="Run"
+        ),
+    ] = "",
     device: Device = "cpu",
     out: Runs = "runs",
     json: Json = False,
@@ -74,44 +99,41 @@ def certify(
 ) -> None:
     """Bound the robustness of a classifier image by image, and hold the bounds against the attacks at hand.
 
-    Every number carries its kind: an estimate rests on sampled constants and can be wrong. The same command resumes.
+    Every number carries its kind: a proof holds for every point of the ball, a probabilistic bound for the smoothed
+    classifier, an estimate rests on sampled constants and can be wrong. The same command resumes.
     """
     set_quiet(quiet or json)
-    specs = specs_of(names or ["l-bound"], norm)
+    from robeval.core.numbers import radii
+
+    specs = specs_of(names or ["l-bound"], norm, top_k)
+    values = radii(eps, norm) if eps else []
     classifier, chosen = load_both(
         model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
     )
-    from robeval.reports.falsify import attack_runs, hits, summary
-    from robeval.certify.repair import repaired
-    from robeval.certify.run import Settings
     from robeval.certify.run import certify as compute
+    from robeval.certify.settings import Settings
+    from robeval.reports.falsify import attack_runs, hits, summary
 
-    settings = Settings(specs, norm, seed=seed, batch_size=batch_size)
+    settings = Settings(specs, norm, seed, batch_size, values, top_k, shard)
     with progress("certify") as on_progress:
         store = compute(classifier, chosen, settings, root=out, argv=sys.argv[1:], on_progress=on_progress)
     for warning in store.warnings:
         note(warning)
-    manifest = store.manifest()
-    attacked = attack_runs(runs or out, manifest)
+    attacked = attack_runs(runs or out, store.manifest())
+    contradicted(store, attacked)
     table = summary(store, hits(attacked))
-    methods = {m["label"]: m for m in manifest["methods"]}
-    for row in table:
-        method = methods[row["bound"]]
-        row["symbol"] = {1: "L", 2: "C"}.get(method["order"], "")
-        if method["order"]:
-            row["repaired_constant"], row["checked_against"] = repaired(
-                classifier, chosen, method, norm, row["constant"], attacked
-            )
+    repair(table, classifier, chosen, store, attacked)
     if json:
-        print_json({"bounds": [_plain(row) for row in table], "folder": str(store.folder)})
+        print_json({"bounds": [plain(row) for row in table], "folder": str(store.folder)})
         return
-    _show(table)
-    after = f"robeval table {out}" if attacked else f"robeval attack {model} --data {data} --norm {norm} --eps EPS"
+    show(table)
+    after = f"robeval sandwich {out}" if any(row["kind"] == "proof" for row in table) else f"robeval table {out}"
+    after = after if attacked else f"robeval attack {model} --data {data} --norm {norm} --eps {eps or 'EPS'}"
     note(f"{store.folder}   next: {after}")
 
 
-def specs_of(names: list[str], norm: str) -> list[catalogue.Spec]:
-    """The bounds that the user named.
+def specs_of(names: list[str], norm: str, top_k: int) -> list[catalogue.Spec]:
+    """The bounds that the user named; those that know ``top`` hear it from ``--top-k``.
 
     Raises:
         UsageError: unknown bound, setting or norm, or a bound without this norm.
@@ -122,46 +144,44 @@ def specs_of(names: list[str], norm: str) -> list[catalogue.Spec]:
 
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
+    if top_k > 1:
+        names = [_with_top(name, top_k) for name in names]
     return choose("bounds", names, norm)
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row that JSON can hold: no nan, no infinity."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def _with_top(name: str, top_k: int) -> str:
+    settings = {s.name for s in catalogue.parse("bounds", name).method.settings}
+    if "top" not in settings or "top=" in name:
+        return name
+    return f"{name}{',' if ':' in name else ':'}top={top_k}"
 
 
-def _show(table: list[dict[str, Any]]) -> None:
-    """One block per bound on stdout, headed by its kind."""
-    from rich.console import Console
-    from rich.table import Table
+def contradicted(store: RunStore, attacked: list[RunStore]) -> None:
+    """Stop with an alarm where an attack at hand landed inside one of the proofs.
 
-    console = Console(highlight=False)
+    Raises:
+        Contradicted: with both records.
+    """
+    from robeval.core.errors import FileRefused
+    from robeval.reports.sandwich import insist, sandwiches
+
+    with contextlib.suppress(FileRefused):  # no proof, or nothing attacked
+        insist(sandwiches([store, *attacked]))
+
+
+def repair(
+    table: list[dict[str, Any]], classifier: Classifier, images: Images, store: RunStore, attacked: list[RunStore]
+) -> None:
+    """Beside the constant of each estimate that has one, the smallest one that the attacks allow."""
+    from robeval.bounds.expansion import RIVALS
+    from robeval.certify.repair import repaired
+
+    methods = {m["label"]: m for m in store.manifest()["methods"]}
     for row in table:
-        symbol = row["symbol"]
-        why = " (its constant was sampled: not a proof)" if row["kind"] == "estimate" else ""
-        console.print(f"{row['kind'].upper()} {row['bound']}{why}", markup=False, style="bold")
-        grid = Table(box=None, show_header=False, pad_edge=False)
-        grid.add_column()
-        grid.add_column(overflow="fold")
-        grid.add_row("mean radius", f"{row['mean_radius']:.4g} {row['norm']} over {row['images']} images")
-        grid.add_row("median radius", f"{row['median_radius']:.4g}")
-        grid.add_row("clean accuracy", f"{row['correct']}/{row['images']}; a misclassified image has radius 0")
-        grid.add_row(f"constant {symbol}", f"{row['constant']:.4g} of {row['loss']}, largest over the {row['domain']}")
-        grid.add_row("falsified", _falsified(row))
-        if row.get("checked_against"):
-            raised = f"{row['repaired_constant']:.4g}"
-            grid.add_row(f"repaired {symbol}", f"{raised}, from {row['checked_against']} adversarial images")
-        seconds = f"{row['seconds']:.2f} s" if math.isfinite(row["seconds"]) else "finished earlier"
-        grid.add_row("cost", f"{row['passes']:,} passes, {seconds}, {row['arithmetic']}")
-        console.print(grid)
-        console.print()
-
-
-def _falsified(row: dict[str, Any]) -> str:
-    """How attacks contradict a bound, in words."""
-    if not row["attacked"]:
-        return "not checked: no attack records of this model and data"
-    text = f"{row['falsified']}/{row['attacked']} attacked images ({100 * row['share']:.1f} %)"
-    if row["broken"]:
-        text += f", largest radius / attack distance {row['worst_ratio']:.3g} (image {row['witness']})"
-    return text + f"; attacks: {row['attacks']}"
+        method = methods[row["bound"]]
+        row["symbol"] = {1: "L", 2: "C"}.get(method["order"], "")
+        loss, top = method["settings"].get("loss"), method["settings"].get("top", 1)
+        if row["kind"] == "estimate" and method["order"] and loss not in (None, *RIVALS) and top == 1:
+            row["repaired_constant"], row["checked_against"] = repaired(
+                classifier, images, method, row["norm"], row["constant"], attacked
+            )

@@ -6,7 +6,8 @@ RobevalError
 ├── ContractBroken    4  the model or the data break what robeval needs of them
 ├── MachineError      5  disk, memory, device, rights
 ├── Incomplete        6  stopped before the end; the same command resumes
-└── GateFailed        7  a threshold that the user set was not met
+├── GateFailed        7  a threshold that the user set was not met
+└── Contradicted      8  an attack landed inside a proof: one of the two is wrong
 
 Exit code 0 is a complete run, 1 a fault of robeval itself, 130 and 143 are signals.
 """
@@ -66,6 +67,10 @@ class Incomplete(RobevalError):
 
 class GateFailed(RobevalError):
     exit_code = 7
+
+
+class Contradicted(RobevalError):
+    exit_code = 8
 
 
 def unknown(kind: str, name: str, known: Iterable[str], code: str = "A04") -> UsageError:

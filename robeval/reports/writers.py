@@ -80,7 +80,7 @@ LATEX = {
 def latex_text(value: str) -> str:
     """Any text as LaTeX that prints it and does nothing else."""
     escaped = "".join(LATEX.get(c, c) for c in one_line(value))
-    return escaped.replace(r"\textless{}=", r"$\leq$")
+    return escaped.replace(r"\textless{}=", r"$\leq$").replace(r"\textgreater{}=", r"$\geq$")
 
 
 def latex(table: Table, ci: str = "bracket") -> str:
