@@ -25,13 +25,14 @@ COMMANDS = {
     "transfer": ("transfer", "Main job", "Craft images on each model, judge them on every model."),
     "certify": ("certify", "Main job", "Bound the robustness of a classifier image by image."),
     "sandwich": ("sandwich", "Results", "Proofs below, attacks above: what is certified and what is broken."),
+    "diagnose": ("diagnose", "Main job", "Look for signs that a robustness evaluation is weak."),
     "table": ("table", "Results", "Make a table from finished runs."),
     "compare": ("compare", "Results", "Compare two attack runs image by image, with a paired test."),
     "curve": ("curve", "Results", "Robust accuracy against every eps, as a table or a plot."),
     "history": ("history", "Results", "The course of trainings: table, CSV and plot."),
     "verify": ("verify", "Results", "Check every stored adversarial image of a run again."),
     "cite": ("cite", "Results", "Print the sources of the methods that a run used."),
-    "list": ("list_", "Look around", "List attacks, suites, bounds, trainers, models or data sets."),
+    "list": ("list_", "Look around", "List attacks, suites, bounds, diagnostics, trainers, models or data sets."),
     "demo": ("demo", "Look around", "Train, attack, certify and verify two models on real digits, in two minutes."),
 }
 

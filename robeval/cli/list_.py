@@ -18,7 +18,8 @@ EXAMPLES = "**Examples**\n\n    robeval list attacks\n\n    robeval list attacks
 
 def list_(
     what: Annotated[
-        str, typer.Argument(help="attacks, suites, bounds, trainers, presets, models or data.", metavar="WHAT")
+        str,
+        typer.Argument(help="attacks, suites, bounds, diagnostics, trainers, presets, models or data.", metavar="WHAT"),
     ],
     name: Annotated[
         str | None, typer.Argument(help="One of them, with its whole documentation.", metavar="NAME")
@@ -59,6 +60,7 @@ def list_(
 
 def _methods(kind: str) -> dict[str, dict[str, str]]:
     extra = {"attacks": ("norms", "access", "search"), "bounds": ("kind", "norms"), "trainers": ("norms",)}
+    extra["diagnostics"] = ("id", "level", "question", "limit")
     defaults = {"access": "white-box", "search": "fixed eps"}
     short = {v: [k for k, n in catalogue.presets(kind).items() if n == v] for v in catalogue.methods(kind)}
     rows = {}

@@ -92,8 +92,9 @@ def load_both(
     normalise: str = "none",
     device: str = "cpu",
     randomised: bool = False,
+    form_only: bool = False,
 ) -> tuple[Classifier, Images]:
-    """The classifier on its device and the chosen images, after the contract check.
+    """The classifier on its device and the chosen images, after the contract check, or that of the form alone.
 
     Raises:
         FileRefused, ContractBroken, UsageError, MachineError: see the documentation of exit codes.
@@ -129,6 +130,9 @@ def load_both(
         "normalise": normalise,
         "randomised": randomised,
     }
-    for remark in [*classifier.info.get("notes", ()), *check(classifier, images, randomised=randomised)]:
+    for remark in [
+        *classifier.info.get("notes", ()),
+        *check(classifier, images, randomised=randomised, form_only=form_only),
+    ]:
         note(remark)
     return classifier, images

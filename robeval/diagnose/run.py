@@ -18,8 +18,9 @@ from robeval.core.choosing import facts
 from robeval.core.classifier import Classifier
 from robeval.core.errors import RobevalError, unknown
 from robeval.core.images import Images
-from robeval.core.records import CLEAN, COUNTEREXAMPLES, DOES_NOT_APPLY, Diagnosis
+from robeval.core.records import CLEAN, COUNTEREXAMPLES, DOES_NOT_APPLY, FAILED, Diagnosis
 from robeval.diagnose.finding import Finding, not_run
+from robeval.diagnose.remedies import applied, called_for
 from robeval.diagnose.subject import Subject
 from robeval.evaluate.recording import Recorder
 from robeval.store.files import cannot_write, make_folder, write_whole
@@ -28,9 +29,12 @@ from robeval.store.runstore import RunStore
 from robeval.store.session import session
 
 OnProgress = Callable[[int, int, str], None]
+REMEDIES = "evidence/remedies.json"
 LEVELS = ("quick", "standard", "full")
 #: A set of images without a single member, which is how a test learns that no image is classified correctly.
 NO_IMAGE = "D13"
+#: Group of the tests without which no number may be quoted.
+CONTRACT = 1
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Settings:
         seed: Seed of every random stream.
         batch_size: Most images in one model call.
         randomised: The model answers at random.
+        remedy: Attack again, with what mends it, where a test found an attack that cannot work.
     """
 
     norm: str
@@ -54,6 +59,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 256
     randomised: bool = False
+    remedy: bool = False
 
 
 def diagnostics(groups: Sequence[int] = ()) -> list[Spec]:
@@ -142,8 +148,21 @@ def diagnose(
                 if on_progress:
                     on_progress(number, len(chosen), f"{spec.method.facts['id']} {spec.method.name}")
                 _one(spec, subject, store, broken)
+        if settings.remedy and not (store.folder / REMEDIES).exists():
+            results = {str(row.id): str(row.result) for row in store.frame().itertuples()}
+            said = []
+            for remedy in called_for(results):
+                said.append(applied(remedy, subject))
+                broken.write(chosen[0], f"remedy:{remedy.name}")
+            _save(store, REMEDIES, json.dumps(said))
         notes |= {"forwards": subject.passes.forwards, "backwards": subject.passes.backwards}
     return store
+
+
+def contract(subject: Subject) -> list[tuple[str, Finding]]:
+    """The tests of the model's contract that fail, for a look before anything is spent on attacks."""
+    found = [(str(s.method.facts["id"]), _finding(s, subject)) for s in diagnostics((CONTRACT,))]
+    return [(key, one) for key, one in found if one.result == FAILED]
 
 
 def _one(spec: Spec, subject: Subject, store: RunStore, broken: _Counterexamples) -> None:
@@ -152,18 +171,12 @@ def _one(spec: Spec, subject: Subject, store: RunStore, broken: _Counterexamples
     subject.ran.clear()
     found = _finding(spec, subject)
     count = broken.write(spec)
-    file = ""
-    folder, key = store.folder / "evidence", about["id"]
-    try:
-        make_folder(folder)
-        if found.flagged:
-            file = f"evidence/{key}-images.txt"
-            ids = "\n".join(str(int(index)) for index in found.flagged)
-            write_whole(store.folder / file, (ids + "\n").encode())
-        if found.data is not None:
-            write_whole(folder / f"{key}.json", json.dumps(found.data).encode())
-    except OSError as error:
-        raise cannot_write(error, folder) from None
+    file, key = "", about["id"]
+    if found.flagged:
+        file = f"evidence/{key}-images.txt"
+        _save(store, file, "\n".join(str(int(index)) for index in found.flagged) + "\n")
+    if found.data is not None:
+        _save(store, f"evidence/{key}.json", json.dumps(found.data))
     low, high = found.interval or (math.nan, math.nan)
     row = Diagnosis(
         id=key,
@@ -192,6 +205,15 @@ def _one(spec: Spec, subject: Subject, store: RunStore, broken: _Counterexamples
         tool_version=robeval.__version__,
     )
     store.append([row])
+
+
+def _save(store: RunStore, name: str, text: str) -> None:
+    path = store.folder / name
+    try:
+        make_folder(path.parent)
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise cannot_write(error, path) from None
 
 
 def _finding(spec: Spec, subject: Subject) -> Finding:
@@ -247,13 +269,13 @@ class _Counterexamples:
             self.recorder.flush()
         return self.recorder
 
-    def write(self, spec: Spec) -> int:
-        """Record the images that a test was the first to break, and say how many."""
+    def write(self, spec: Spec, name: str = "") -> int:
+        """Record the images that a test, or a remedy of that name, was the first to break, and say how many."""
         found = self.subject.found[self.written :]
         self.written += len(found)
         if found:
             recorder = self._open()
-            label = COUNTEREXAMPLES + spec.method.facts["id"]
+            label = COUNTEREXAMPLES + (name or spec.method.facts["id"])
             for one in found:
                 recorder.attacked(replace(spec, label=label), self.subject.eps, one.position, one.decided)
             recorder.flush()

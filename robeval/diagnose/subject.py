@@ -21,7 +21,7 @@ from robeval.core.records import CLEAN
 from robeval.core.streams import Streams
 from robeval.diagnose.counted import Counted, Passes
 from robeval.diagnose.outcomes import Counterexample, Outcome, carried, gathered, judged, reach
-from robeval.engine.backend import Backend
+from robeval.engine.backend import FLOOR, Backend
 from robeval.engine.drive import answer
 from robeval.engine.judge import Outcome as Decided
 from robeval.engine.run import run
@@ -105,6 +105,10 @@ class Subject:
         """Logits without gradients, in batches. (n, C, H, W) -> (n, K)."""
         with torch.no_grad():
             return torch.cat([self.classifier.logits(part) for part in x.split(self.batch_size)])
+
+    def backend(self) -> Backend:
+        """For the engine; batches of one image are not padded."""
+        return Backend(self.classifier, self.batch_size, floor=min(FLOOR, self.batch_size))
 
     def rng(self, name: str, ids: Tensor, number: int = 0) -> Streams:
         """One random stream per image that belongs to a diagnostic.
@@ -192,14 +196,13 @@ class Subject:
         """
         at = [self.place[int(index)] for index in ids]
         clean = self.images[torch.tensor(at, device=self.images.x.device)]
-        backend = Backend(self.classifier, self.batch_size)
-        decided = judged(backend, clean, x_adv[:, None], Ball(self.norm, self.eps))
+        decided = judged(self.backend(), clean, x_adv[:, None], Ball(self.norm, self.eps))
         for index, one in zip(clean.ids.tolist(), decided, strict=True):
             self._keep(index, one, how)
         return torch.tensor([one.success for one in decided], device=clean.x.device)
 
     def _attacked(self, spec: Spec, images: Images, ball: Ball, on: Classifier | None) -> list[Decided]:
-        backend = Backend(self.classifier, self.batch_size)
+        backend = self.backend()
         if on is not None:
             return carried(spec, images, ball, backend, on, self.seed)
         clean = self.clean_logits()[[self.place[index] for index in images.ids.tolist()]]

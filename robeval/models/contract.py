@@ -15,13 +15,14 @@ SIZE = 32
 TOLERANCE = 1e-4  # of the largest logit
 
 
-def check(classifier: Classifier, images: Images, *, randomised: bool = False) -> list[str]:
+def check(classifier: Classifier, images: Images, *, randomised: bool = False, form_only: bool = False) -> list[str]:
     """Try the model on up to 32 images, spread over the set.
 
     Args:
         classifier: The model.
         images: The data that it is going to be measured on.
         randomised: The model may answer at random, so that it need not repeat itself.
+        form_only: Stop where the form of the answer is right: the rest is about to be diagnosed.
 
     Returns:
         Notes and warnings, one sentence each, such as ``warning[C16] 98 % of answers are class 3``.
@@ -33,6 +34,9 @@ def check(classifier: Classifier, images: Images, *, randomised: bool = False) -
     rows = torch.linspace(0, len(images) - 1, min(SIZE, len(images))).round().long()
     x, y = images.x[rows].to(classifier.device), images.y[rows]
     _shapes(classifier, x)
+    if form_only:
+        _outputs(_forward(classifier, x.clone()), len(x), classifier, images)
+        return []
     _modes(classifier)
     before = _buffers(classifier)
     given = x.clone()

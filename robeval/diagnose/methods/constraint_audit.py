@@ -45,7 +45,8 @@ def constraint_audit(subject: Subject) -> Finding:
     labels = dict(zip(subject.images.ids.tolist(), subject.images.y.tolist(), strict=True))
     for store in subject.stores:
         frame = store.frame()
-        rows = frame[frame["success"] & (frame["attack"] != CLEAN) & (frame["example"] >= 0)]
+        stored = frame["success"] & (frame["attack"] != CLEAN) & (frame["example"] >= 0)
+        rows = frame[stored & frame["index"].isin(subject.place)]
         for start in range(0, len(rows), 64):
             part = rows.iloc[start : start + 64]
             images = store.examples(part)
