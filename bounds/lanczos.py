@@ -30,6 +30,7 @@ class Spectrum:
         residual_smallest: The same for ``smallest``.
         products: Operator-vector products until the row was done, int64.
         converged: The wanted ends met the tolerance.
+        vector: (n, size), unit Ritz vector of ``largest``; empty unless asked for.
     """
 
     largest: Tensor
@@ -38,6 +39,7 @@ class Spectrum:
     residual_smallest: Tensor
     products: Tensor
     converged: Tensor
+    vector: Tensor
 
     @property
     def norm(self) -> Tensor:
@@ -56,6 +58,7 @@ def lanczos(
     least: int = 12,
     steps: int | None = None,
     tolerance: float = 1e-3,
+    vectors: bool = False,
 ) -> Spectrum:
     """The Lanczos process with full reorthogonalisation, batched over rows and stopped per row.
 
@@ -70,6 +73,7 @@ def lanczos(
         least: Products before the residual is believed.
         steps: Most products per start; none means 50, or 100 from 10,000 dimensions on.
         tolerance: Largest residual relative to the eigenvalue.
+        vectors: Also the Ritz vector of the largest value.
 
     Shapes:
         products (m, size) -> (m, size); all results (n,).
@@ -80,10 +84,11 @@ def lanczos(
         ContractBroken: a product is NaN or infinite.
     """
     limit = min(steps or (50 if size < 10_000 else 100), size)
-    found = _start(products, draw, 0, rows, size, end, min(least, limit), limit, tolerance)
+    least = min(least, limit)
+    found = _start(products, draw, 0, rows, size, end, least, limit, tolerance, vectors)
     for again in range(1, starts):
         number = again * (limit + 1)
-        found = _better(found, _start(products, draw, number, rows, size, end, min(least, limit), limit, tolerance))
+        found = _better(found, _start(products, draw, number, rows, size, end, least, limit, tolerance, vectors))
     return found
 
 
@@ -97,6 +102,7 @@ def _better(a: Spectrum, b: Spectrum) -> Spectrum:
         torch.where(down, b.residual_smallest, a.residual_smallest),
         a.products + b.products,
         a.converged & b.converged,
+        torch.where(up[:, None], b.vector, a.vector),
     )
 
 
@@ -122,6 +128,7 @@ def _start(
     least: int,
     limit: int,
     tolerance: float,
+    vectors: bool,
 ) -> Spectrum:
     """One run from one random vector per row."""
     held = torch.arange(rows)  # rows still in the batch; ``done`` says which of them are only waiting to leave
@@ -131,6 +138,7 @@ def _start(
     double = {"dtype": torch.float64, "device": q.device}
     out = torch.zeros(4, rows, **double)  # type: ignore[call-overload]
     count, met = torch.zeros(rows, dtype=torch.int64, device=q.device), torch.zeros(rows, dtype=torch.bool).to(q.device)
+    vector = q.new_zeros(rows, size if vectors else 0)
     basis = q.new_empty(rows, min(16, limit), size)
     t = torch.zeros(rows, limit + 1, limit + 1, **double)  # type: ignore[call-overload]
     scale = torch.zeros(rows, **double)  # type: ignore[call-overload]
@@ -166,6 +174,9 @@ def _start(
             where = held[open_[new]]
             out[:, where] = torch.stack([top, low, top_error, low_error])[:, new]
             count[where], met[where] = k + 1, good[new]
+            if vectors:
+                weights = s[new, :, -1:].to(basis.dtype)
+                vector[where] = (basis[open_[new], : k + 1].mT @ weights)[:, :, 0]
             done[open_[new]] = True
             if done.all():
                 break
@@ -178,4 +189,4 @@ def _start(
         if broken.any():  # go on in what is left of the space
             fresh = draw(held[broken].cpu(), number + k + 1)
             q[broken] = _unit(_orthogonal(_unit(fresh), basis[broken, : k + 1]))
-    return Spectrum(out[0], out[1], out[2], out[3], count, met)
+    return Spectrum(out[0], out[1], out[2], out[3], count, met, vector)

@@ -156,6 +156,18 @@ def largest_per_column(values: Tensor) -> Tensor:
     return torch.where(column_.isfinite(), column_, column_.max())
 
 
+def nearest_columns(at: Margins, radius: Tensor, count: int) -> Tensor:
+    """The rivals with the smallest radii; of equal ones those with the larger values. (n, M) -> (n, <= count)."""
+    places = range(1, min(count, radius.shape[1] - 1) + 1)
+    return torch.stack([at.deciding(radius, k) for k in places], 1)
+
+
+def with_unseen(constants: Tensor, searched: Tensor) -> Tensor:
+    """Constants (n, M, S) where rivals that were not ``searched`` (n, M) get at least the largest of those that were."""
+    most = constants.masked_fill(~searched[:, :, None], -math.inf).amax(1, keepdim=True)
+    return torch.where(searched[:, :, None], constants, torch.maximum(constants, most))
+
+
 def readings(
     images: Images,
     at: Margins,

@@ -50,7 +50,8 @@ def least_constants(
         (K,) or (1,) float64, -inf where nothing was seen, and the number of adversarial images.
     """
     place = {(int(i), int(y)): k for k, (i, y) in enumerate(zip(images.ids, images.y, strict=True))}
-    loss = method["settings"].get("loss", "rivals")  # a bound without a choice looks at every rival's logit
+    spaces = {"logits": "rivals", "probabilities": "rivals_prob"}
+    loss = method["settings"].get("loss") or spaces[method["settings"].get("space", "logits")]
     temperature = float(method["settings"].get("temperature", 10.0))
     top = int(method["settings"].get("top", 1))
     best, seen = torch.full((classifier.classes if loss in RIVALS else 1,), -torch.inf, dtype=torch.float64), 0
