@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -114,6 +115,14 @@ def attack(
             rich_help_panel="Run",
         ),
     ] = "float32",
+    no_diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--no-diagnose",
+            help="Leave out the quick diagnosis of model and attacks; every table then says so.",
+            rich_help_panel="Run",
+        ),
+    ] = False,
     channels_last: Annotated[
         bool,
         typer.Option("--channels-last", help="Keep weights in channels-last layout.", rich_help_panel="Run"),
@@ -163,13 +172,18 @@ def attack(
         return
     if not (quiet or json or transfer_from):
         announce(settings, classifier, chosen)
+    from robeval.cli.diagnosing import after_attack, insist_on_contract
     from robeval.evaluate.attacking import attack_run
     from robeval.evaluate.transferring import transfer_runs
     from robeval.evaluate.verify import verify
     from robeval.models.load import load as load_model
-    from robeval.reports.frames import AttackFacts
+    from robeval.reports.diagnoses import diagnosed
     from robeval.reports.tables import attacks_table
     from robeval.reports.writers import terminal
+
+    whole = bool(settings.radii) and not (no_diagnose or shard or transfer_from)
+    if whole:
+        insist_on_contract(classifier, chosen, settings)
 
     with progress("attack") as on_progress:
         how: dict[str, Any] = {"root": out, "argv": sys.argv[1:], "on_progress": on_progress}
@@ -183,11 +197,21 @@ def attack(
     checked.insist()
     for warning in store.warnings:
         note(warning)
-    facts = AttackFacts(store)
+    beside = after_attack(store, classifier, chosen, settings, out) if whole else []
+    (run,) = (d for d in diagnosed([store, *beside]) if d.facts.store is store)
+    facts = run.facts
     if json:
-        print_json(summary(facts) | {"verified": checked.confirmed, "folder": str(store.folder)})
+        print_json(
+            summary(facts, beside)
+            | {
+                "verified": checked.confirmed,
+                "folder": str(store.folder),
+                "headlines": [run.headline(eps) for eps in facts.radii],
+                "diagnostics": getattr(run.verdict(), "text", "not run"),
+            }
+        )
     else:
-        sys.stdout.write(terminal(attacks_table(store)))
+        sys.stdout.write(terminal(attacks_table(store, beside)))
         note(str(checked))
         note(f"{store.folder}   next: robeval certify {model} --data {data}")
     if fail_under is not None:
@@ -196,7 +220,7 @@ def attack(
             raise GateFailed(f"robust accuracy may be as low as {low:.4f}, the limit is {fail_under:g}", code="G01")
 
 
-def summary(facts: Any) -> dict[str, Any]:
+def summary(facts: Any, beside: Sequence[Any] = ()) -> dict[str, Any]:
     """The result for machines: the table of the run, and the empirical distance."""
     from robeval.reports.tables import attacks_table
 
@@ -208,6 +232,6 @@ def summary(facts: Any) -> dict[str, Any]:
         "worst_case": {f"{eps:g}": facts.worst_case(eps).value for eps in facts.radii},
         "mean_distance": mean if found else None,
         "distances_found": found,
-        "table": attacks_table(facts.store).to_json()["rows"],
+        "table": attacks_table(facts.store, beside).to_json()["rows"],
         **facts.cost(),
     }

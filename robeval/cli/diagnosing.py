@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from robeval.core.classifier import Classifier
     from robeval.core.images import Images
     from robeval.diagnose.run import Settings
+    from robeval.evaluate.settings import Settings as AttackSettings
     from robeval.reports.diagnoses import Diagnosed
     from robeval.store.runstore import RunStore
 
@@ -67,7 +68,22 @@ def beside(folder: str, diagnosis: RunStore) -> list[RunStore]:
     return [diagnosis, *mine]
 
 
-def insist_on_contract(classifier: Classifier, images: Images, settings: Settings) -> None:
+def after_attack(
+    store: RunStore, classifier: Classifier, images: Images, attacked: AttackSettings, out: str
+) -> list[RunStore]:
+    """The quick diagnosis at the end of an attack run, at its largest radius."""
+    from robeval.diagnose.run import Settings
+
+    settings = Settings(
+        attacked.norm, max(attacked.radii), seed=attacked.seed, batch_size=attacked.batch_size,
+        randomised=attacked.randomised,
+    )  # fmt: skip
+    diagnosis = run_diagnosis(classifier, images, settings, out=out, runs=out, stores=[store])
+    warn([diagnosis])
+    return beside(out, diagnosis)
+
+
+def insist_on_contract(classifier: Classifier, images: Images, settings: AttackSettings) -> None:
     """Stop before anything is spent on attacks whose number could not be quoted.
 
     Raises:
@@ -77,7 +93,7 @@ def insist_on_contract(classifier: Classifier, images: Images, settings: Setting
     from robeval.diagnose.subject import Subject
 
     subject = Subject(
-        classifier, images, settings.norm, settings.eps, settings.seed, randomised=settings.randomised,
+        classifier, images, settings.norm, max(settings.radii), settings.seed, randomised=settings.randomised,
         batch_size=settings.batch_size,
     )  # fmt: skip
     failed = contract(subject)

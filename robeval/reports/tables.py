@@ -190,8 +190,8 @@ def _diagnosis_notes(run: Diagnosed) -> list[str]:
     if end is None:
         return [f"{DAGGER} {name}: diagnostics {UNDIAGNOSED}"] if run.facts.radii else []
     lowered = {pretty(eps): run.facts.lowered(eps) for eps in run.facts.radii}
-    more = [f"the diagnostics broke {k} more at {eps}" for eps, k in lowered.items() if k]
-    return ["; ".join([f"{name}: {end.text}", *more]), FOOT]
+    more = [f"The diagnostics broke {k} more at {eps}." for eps, k in lowered.items() if k]
+    return [" ".join([f"{name}: {end.text}", *more]), FOOT]
 
 
 def attacks_table(store: RunStore, beside: Sequence[RunStore] = ()) -> Table:

@@ -132,7 +132,7 @@ def headline(
         return f"robust accuracy: no image could be evaluated; diagnostics: {said}"
     low, high = (f"{100 * end:.{digits}f}" for end in rate.interval)
     parts = [f"{rate.k} of {rate.n} images not broken by {by}"]
-    parts += [f"of which the diagnostics broke {lowered} more"] if lowered and attacks else []
+    parts += [f"the diagnostics broke {lowered} more than those"] if lowered and attacks else []
     parts += [f"{unevaluated} not evaluated"] if unevaluated else []
     parts += [f"{proven} not attacked: a proof covers them"] if proven else []
     parts += [f"95 % interval of the sample {low} to {high}", f"{NORM[norm]} eps {pretty(eps)}", f"diagnostics: {said}"]
