@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from robeval.core.errors import FileRefused, UsageError
-from robeval.models.activations import SmoothReLU, nonsmooth_layers, smooth_relu
+from robeval.core.smooth import SmoothReLU, smooth_relu
+from robeval.models.activations import nonsmooth_layers
 from robeval.models.build import build, fit
 from robeval.models.normalise import Normalize, PerImageStandardize, normaliser
 

@@ -147,7 +147,7 @@ def _seen(point: Point, failed: Mapping[str, str]) -> str:
     if point.name in failed and not Path(point.order.out).is_file():
         return ""
     recipe = _recipe(point)[0]
-    return f"measured on: {recipe['metrics_on']}, n={recipe.get('metrics_images', 'not stored')}"
+    return f"measured on: {recipe.get('metrics_on', 'held-out images')}, n={recipe.get('metrics_images', 'not stored')}"
 
 
 def _recipe(point: Point) -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -17,8 +17,8 @@ from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.errors import UsageError
 from robeval.core.images import Images
+from robeval.core.smooth import SmoothReLU
 from robeval.core.streams import Streams
-from robeval.models.activations import SmoothReLU
 from tests.problems import exact_distance, images, linear
 
 BOUNDS = catalogue.methods("bounds")
