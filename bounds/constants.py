@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from robeval.bounds.convex import Convex
 from robeval.bounds.graph import Graph
 from robeval.bounds.intervals import intervals
 from robeval.bounds.linear import backward
 from robeval.bounds.norms import chain_norm
-from robeval.bounds.operators import Affine, Average, Convex, Convolution, Dense, Input, Maximum, Reshape, Scale, Sum
+from robeval.bounds.operators import Affine, Average, Convolution, Dense, Input, Maximum, Reshape, Scale, Sum
 from robeval.bounds.proof import margins_of
 from robeval.bounds.region import Region
 from robeval.bounds.rounding import UNIT, gamma
