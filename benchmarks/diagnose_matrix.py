@@ -1,8 +1,8 @@
 """Which diagnostic fires on which planted fault: the positive and negative controls of the diagnostics.
 
 Seventeen models on the embedded digits (``tests/planted.py``): three honest ones, and planted faults. Every diagnostic
-of the chosen level runs on 100 images at linf eps 0.15, with a plain source model for transfer. Prints the matrix, F for
-FAILED and w for a warning, and one JSON line a model with everything that was measured. Exit code 7 when an honest
+of the chosen level runs on 100 images at linf eps 0.15, with a plain source model for transfer. Prints one JSON line a
+model with everything that was measured, then the matrix, F for FAILED and w for a warning. Exit code 7 when an honest
 model gets a FAILED, or a planted fault gets none.
 
     python -m benchmarks.diagnose_matrix [--level standard] [--images 100] [--models noise,one-hot]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from robeval.core.catalogue import diagnostic
 from robeval.diagnose.evidence import (
+    BY_LOSS,
     LEAD_FAIL,
     LEAD_WARN,
     attacked,
@@ -32,15 +33,16 @@ from robeval.diagnose.subject import Subject
 def black_box_only(subject: Subject, *, queries: int = 1000, draws: int = 100) -> Finding:
     """Counts images that Square, noise or transfer break and that no gradient attack breaks.
 
-    The stored runs count on both sides. A second count holds the same finds against cross-entropy alone: there a lead
-    of more than 8 points of all images warns and one of more than 15 fails, the marks of the disagreement of losses.
+    The stored runs count on both sides. Only survivors of the attack on cross-entropy are tried. A second count holds
+    the same finds against cross-entropy alone: there a lead of more than 8 points of all images warns and one of more
+    than 15 fails, the marks of the disagreement of losses.
 
     Args:
         queries: Queries of Square.
         draws: Draws of uniform noise.
 
     Cost:
-        ``queries`` + ``draws`` forward passes per surviving image, besides the shared attacks.
+        ``queries`` + ``draws`` forward passes per image that survives cross-entropy, besides the shared attacks.
     Source:
         The Square flag of Croce and Hein 2020; Athalye et al. 2018, arXiv:1802.00420, section 3.1.
     Departs:
@@ -48,28 +50,30 @@ def black_box_only(subject: Subject, *, queries: int = 1000, draws: int = 100) -
         whether the headline is too high and misses a masked cross-entropy that another loss makes up for, so both
         questions are asked. The marks are one-sided exact bounds.
     """
-    images = subject.correct(images_of(subject))
-    gradients, first = by_gradients(subject, images), by_loss(subject, images)["ce"]
+    everyone, total = subject.correct(images_of(subject)), len(subject.some(images_of(subject)))
+    n, left = len(everyone), (~by_loss(subject, everyone)["ce"]).nonzero().squeeze(1)
+    if not len(left):
+        return Finding(CLEAR, f"0 of {n}; no image survives cross-entropy", "0", n)
+    images = everyone[left]
     finds = {
         "square": attacked(subject, f"square:queries={queries}", images).broken,
         "noise": attacked(subject, f"noise:draws={draws}", images).broken,
         "stored": stored(subject, images, black_box=True),
     }
     for source in subject.sources:
-        carried = attacked(subject, "pgd:steps=40,relative_step=0.2,loss=cw", images, on=source)
-        finds[f"transfer {source.name}"] = carried.broken
+        finds[f"transfer {source.name}"] = attacked(subject, BY_LOSS["margin"], images, on=source).broken
     black = either(finds.values())
-    only, led = black & ~gradients, points((black & ~first).sum(), len(subject.some(images_of(subject))))
-    count, n = int(only.sum()), len(images)
+    only, led = black & ~by_gradients(subject, images), points(black.sum(), total)
+    count = int(only.sum())
     failed = share_failed(count, n, 0.002) or led > LEAD_FAIL
     seen = failed or count > 0 or led > LEAD_WARN
     return Finding(
         FAILED if failed else WARNING if seen else CLEAR,
-        measured=f"{count} of {n}; {led:.1f} points missed by cross-entropy; "
+        measured=f"{count} of {n}; {led:.1f} points missed by cross-entropy: "
         + ", ".join(f"{name} {int(mask.sum())}" for name, mask in finds.items() if name != "stored" or mask.any()),
         limit="0; FAILED when surely above 0.2 %, or 15 points against cross-entropy",
         n_images=n,
-        flagged=ids(images, only if count else black & ~first) if seen else (),
+        flagged=ids(images, only if count else black) if seen else (),
         interval=_interval(count, n),
         what_to_do=_advice(count) if seen else "",
         why=_why(count, led) if seen else "",
