@@ -54,7 +54,9 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def attack(model: Path, cwd: Path, *more: str) -> pd.DataFrame:
-    code, _, err = robeval("attack", str(model), *ATTACKS, "--eps", "1/16,2/16", "--images", "16", "-q", *more, cwd=cwd)
+    code, _, err = robeval(
+        "attack", str(model), "--no-diagnose", *ATTACKS, "--eps", "1/16,2/16", "--images", "16", "-q", *more, cwd=cwd
+    )
     assert code == 0, err
     return rows(cwd)
 
@@ -79,7 +81,19 @@ def test_two_shards_joined_are_the_whole(model: Path, whole: pd.DataFrame, tmp_p
 
 
 def test_kill_9_and_the_same_command_again(model: Path, whole: pd.DataFrame, tmp_path: Path) -> None:
-    words = ["attack", str(model), *ATTACKS, "--eps", "1/16,2/16", "--images", "16", "-q", "--batch-size", "1"]
+    words = [
+        "attack",
+        str(model),
+        "--no-diagnose",
+        *ATTACKS,
+        "--eps",
+        "1/16,2/16",
+        "--images",
+        "16",
+        "-q",
+        "--batch-size",
+        "1",
+    ]
     killed = 0
     for _ in range(2):
         process = start(*words, cwd=tmp_path)
@@ -98,7 +112,20 @@ def test_kill_9_and_the_same_command_again(model: Path, whole: pd.DataFrame, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_saves_what_was_decided(model: Path, tmp_path: Path, number: signal.Signals) -> None:
-    words = ["attack", str(model), "--attack", "square", "--eps", "1/16", "--images", "30", "-q", "--batch-size", "2"]
+    words = [
+        "attack",
+        str(model),
+        "--no-diagnose",
+        "--attack",
+        "square",
+        "--eps",
+        "1/16",
+        "--images",
+        "30",
+        "-q",
+        "--batch-size",
+        "2",
+    ]
     process = start(*words, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "runs").glob("*/records/*.parquet")) and time.monotonic() < deadline:
@@ -113,7 +140,7 @@ def test_a_stop_saves_what_was_decided(model: Path, tmp_path: Path, number: sign
 
 
 def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> None:
-    words = ("attack", str(model), "--suite", "quick", "--eps", "1/16", "--images", "30", "--json")
+    words = ("attack", str(model), "--no-diagnose", "--suite", "quick", "--eps", "1/16", "--images", "30", "--json")
     code, out, err = robeval(*words, cwd=tmp_path)
     assert (code, err) == (0, "")
     document = json.loads(out)
@@ -130,7 +157,9 @@ def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> 
 def test_verify_catches_a_forged_image(model: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    robeval("attack", str(model), "--attack", "pgd", "--eps", "2/16", "--images", "30", "-q", cwd=tmp_path)
+    robeval(
+        "attack", str(model), "--no-diagnose", "--attack", "pgd", "--eps", "2/16", "--images", "30", "-q", cwd=tmp_path
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     store = RunStore.open(folder)
     frame = store.frame()
@@ -145,7 +174,18 @@ def test_verify_catches_a_forged_image(model: Path, tmp_path: Path) -> None:
 
 def test_each_attacks_every_correct_image(model: Path, tmp_path: Path) -> None:
     code, _, _ = robeval(
-        "attack", str(model), "--suite", "quick", "--eps", "2/16", "--images", "30", "--each", "-q", cwd=tmp_path
+        "attack",
+        str(model),
+        "--no-diagnose",
+        "--suite",
+        "quick",
+        "--eps",
+        "2/16",
+        "--images",
+        "30",
+        "--each",
+        "-q",
+        cwd=tmp_path,
     )
     assert code == 0
     frame = rows(tmp_path)
@@ -154,7 +194,7 @@ def test_each_attacks_every_correct_image(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_gate_fails_with_exit_7(model: Path, tmp_path: Path) -> None:
-    words = ["attack", str(model), "--attack", "pgd", "--eps", "4/16", "--images", "30", "-q"]
+    words = ["attack", str(model), "--no-diagnose", "--attack", "pgd", "--eps", "4/16", "--images", "30", "-q"]
     code, _, err = robeval(*words, "--fail-under", "0.99", cwd=tmp_path)
     assert (code, err.splitlines()[0][:23]) == (7, "robeval: error[G01] rob")
     assert robeval(*words, "--fail-under", "0.0", cwd=tmp_path)[0] == 0

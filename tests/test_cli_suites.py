@@ -61,8 +61,8 @@ def few(home: Path, classes: int) -> tuple[Path, Path]:
 def test_autoattack_on_few_classes_runs_through_and_says_how(tmp_path: Path, classes: int, ran: list[str]) -> None:
     model, data = few(tmp_path, classes)
     code, out, err = robeval(
-        "attack", str(model), "--suite", "autoattack", "--data", f"npz:{data}", "--eps", "0.3", "--images", "12",
-        cwd=tmp_path,
+        "attack", str(model), "--no-diagnose", "--suite", "autoattack", "--data", f"npz:{data}", "--eps", "0.3",
+        "--images", "12", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, err
     assert f"with {classes} classes apgd-t runs as {ran[1]}" in err
@@ -113,7 +113,9 @@ def test_two_tools_compared_image_by_image(folder: Path, tmp_path: Path) -> None
     pytest.importorskip("pyautoattack", reason="needs the extra robeval[reference]")
     model, words = str(folder / "cnn.pt"), ["--eps", "2/16", "--images", "30", "-q"]
     for name, attack in (("a", "apgd-ce:steps=20"), ("b", "pyautoattack:apgd-ce,steps=20")):
-        code, _, err = robeval("attack", model, "--attack", attack, *words, "--out", name, cwd=tmp_path)
+        code, _, err = robeval(
+            "attack", model, "--no-diagnose", "--attack", attack, *words, "--out", name, cwd=tmp_path
+        )
         assert code == 0, err
     (ours,), (theirs,) = (list((tmp_path / name).iterdir()) for name in "ab")
     code, out, err = robeval("compare", str(ours), str(theirs), cwd=tmp_path)
@@ -126,7 +128,7 @@ def test_two_tools_compared_image_by_image(folder: Path, tmp_path: Path) -> None
 
 def test_a_curve_from_one_run(folder: Path, tmp_path: Path) -> None:
     words = ["--attack", "fmn:steps=20", "--attack", "pgd:steps=5", "--eps", "1/16,2/16", "--each", "--images", "30"]
-    code, _, err = robeval("attack", str(folder / "cnn.pt"), *words, "-q", cwd=tmp_path)
+    code, _, err = robeval("attack", str(folder / "cnn.pt"), "--no-diagnose", *words, "-q", cwd=tmp_path)
     assert code == 0, err
     code, _, err = robeval("curve", "runs", "--out", "curve.png", cwd=tmp_path)
     assert code == 0, err
@@ -139,7 +141,18 @@ def test_a_curve_from_one_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_tells_the_bill_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
-    words = ["attack", str(folder / "cnn.pt"), "--suite", "autoattack", "--eps", "2/16", "--images", "20", "--dry-run"]
+    words = [
+        "attack",
+        str(folder / "cnn.pt"),
+        "--no-diagnose",
+        "--suite",
+        "autoattack",
+        "--eps",
+        "2/16",
+        "--images",
+        "20",
+        "--dry-run",
+    ]
     code, out, err = robeval(*words, cwd=tmp_path)
     assert code == 0, err
     assert "if all of them stand" in out
@@ -153,7 +166,18 @@ def test_a_dry_run_tells_the_bill_and_writes_nothing(folder: Path, tmp_path: Pat
 
 
 def test_a_search_in_half_precision_is_judged_in_full(folder: Path, tmp_path: Path) -> None:
-    words = ["attack", str(folder / "cnn.pt"), "--attack", "pgd:steps=5", "--eps", "2/16", "--images", "40", "-q"]
+    words = [
+        "attack",
+        str(folder / "cnn.pt"),
+        "--no-diagnose",
+        "--attack",
+        "pgd:steps=5",
+        "--eps",
+        "2/16",
+        "--images",
+        "40",
+        "-q",
+    ]
     code, _, err = robeval(*words, "--precision", "bfloat16", cwd=tmp_path)
     assert code == 0, err
     (run,) = (tmp_path / "runs").iterdir()
@@ -211,7 +235,7 @@ def test_a_model_that_answers_at_random(folder: Path, tmp_path: Path) -> None:
     prefix = "" if next(iter(saved)).startswith("net.") else "net."
     state = {prefix + key: value for key, value in saved.items()}
     torch.save(state, tmp_path / "random.pt")
-    words = ["attack", "random.pt", "--arch", "noisy.py:noisy", "--eps", "3/16", "--images", "10"]
+    words = ["attack", "random.pt", "--no-diagnose", "--arch", "noisy.py:noisy", "--eps", "3/16", "--images", "10"]
     code, _, err = robeval(*words, "-q", cwd=tmp_path)
     assert code == 4
     assert "between two runs" in err
