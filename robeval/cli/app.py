@@ -28,6 +28,8 @@ COMMANDS = {
     "diagnose": ("diagnose", "Main job", "Look for signs that a robustness evaluation is weak."),
     "table": ("table", "Results", "Make a table from finished runs."),
     "compare": ("compare", "Results", "Compare two attack runs image by image, with a paired test."),
+    "report": ("report", "Results", "One HTML page about finished runs, complete in itself."),
+    "plot": ("plot", "Results", "Pictures of finished runs: PNG, PDF and the numbers as CSV."),
     "curve": ("curve", "Results", "Robust accuracy against every eps, as a table or a plot."),
     "history": ("history", "Results", "The course of trainings: table, CSV and plot."),
     "verify": ("verify", "Results", "Check every stored adversarial image of a run again."),

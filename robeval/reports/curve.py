@@ -111,12 +111,12 @@ def curves(stores: list[RunStore], norm: str | None = None) -> list[Curve]:
     for (name, images), group in groups.items():
         data = group[0].manifest["data"]
         which = f" on {data['name']} {images[:6]}, n={data['images']}" if names.count(name) > 1 else ""
-        merged.append(_merge(name + which, group))
+        merged.append(merge(name + which, group))
     return merged
 
 
-def _merge(name: str, group: list[AttackFacts]) -> Curve:
-    """The smallest distance of each image over some runs."""
+def merge(name: str, group: list[AttackFacts]) -> Curve:
+    """The smallest distance of each image over some runs on the same model, images and norm."""
     nearest = pd.concat([f.distances() for f in group], axis=1).min(axis=1)
     clean = pd.concat([f.clean["clean_correct"] for f in group])
     correct = set(clean.index[clean.to_numpy(bool)])
@@ -244,7 +244,15 @@ def draw(found: list[Curve], form: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), dpi=160, layout="constrained")
-    axes = figure.add_subplot()
+    paint(figure.add_subplot(), found, AXIS[found[0].norm])
+    buffer = io.BytesIO()
+    # No date, so that the same records give the same bytes.
+    figure.savefig(buffer, format=form, metadata={"CreationDate": None} if form == "pdf" else {"Software": None})
+    return buffer.getvalue()
+
+
+def paint(axes: Any, found: list[Curve], norm: str) -> None:
+    """The curves on axes; ``norm`` is its name on the axis."""
     end = max(c.end for c in found) * 1.04 or 1.0
     for k, c in enumerate(found):
         colour, steps = COLOURS[k % len(COLOURS)], c.steps()
@@ -266,13 +274,9 @@ def draw(found: list[Curve], form: str) -> bytes:
     )
     axes.set_xlim(0, end)
     axes.set_ylim(0, 102)
-    axes.set_xlabel(f"radius eps in {AXIS[found[0].norm]}, pixels in [0, 1]")
+    axes.set_xlabel(f"radius eps in {norm}, pixels in [0, 1]")
     axes.set_ylabel("robust accuracy (upper bound), %")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     key = "band: 95 % Wilson" + ("; dots: radii attacked" if radii else "")
     axes.legend(frameon=False, loc="best", title=key, alignment="left")
-    buffer = io.BytesIO()
-    # No date, so that the same records give the same bytes.
-    figure.savefig(buffer, format=form, metadata={"CreationDate": None} if form == "pdf" else {"Software": None})
-    return buffer.getvalue()
