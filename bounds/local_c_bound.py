@@ -10,7 +10,7 @@ from torch import Tensor
 from robeval.bounds.curvature import dual_constant, refuse_kinks
 from robeval.bounds.expansion import Draws, Expansion, OnBatch, Reading, expand, uncoupled
 from robeval.bounds.lanczos import Product, Spectrum, lanczos
-from robeval.bounds.margins import measure, nearest_columns, readings, with_unseen
+from robeval.bounds.margins import measure, nearest_columns, readable, readings, with_unseen
 from robeval.bounds.neighbourhood import into_ball, largest_nearby, offsets, second_order_reach
 from robeval.core.catalogue import bound
 from robeval.core.classifier import Classifier
@@ -71,7 +71,7 @@ def local_c_bound(
         ContractBroken: a network without second derivatives, or images that influence each other.
     """
     found: list[Reading] = []
-    loss = "rivals_prob" if space == "probabilities" else "rivals"
+    loss = readable(space)
     size = images.x[0].numel()
     for rows in torch.arange(len(images)).split(batch_size):
         some = images[rows.to(images.x.device)]

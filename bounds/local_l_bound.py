@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robeval.bounds.expansion import Draws, OnBatch, Reading, expand
-from robeval.bounds.margins import measure, nearest_columns, readings, with_unseen
+from robeval.bounds.margins import measure, nearest_columns, readable, readings, with_unseen
 from robeval.bounds.neighbourhood import first_order_reach, into_ball, largest_nearby, offsets
 from robeval.core.ball import Ball
 from robeval.core.catalogue import bound
@@ -68,7 +68,7 @@ def local_l_bound(
         ContractBroken: NaN logits or gradients, or a model without gradients.
     """
     found: list[Reading] = []
-    loss = "rivals_prob" if space == "probabilities" else "rivals"
+    loss = readable(space)
     ball = Ball(norm, torch.inf)
     for rows in torch.arange(len(images)).split(batch_size):
         some = images[rows.to(images.x.device)]

@@ -52,6 +52,11 @@ class Margins:
         return by_value.gather(1, by_radius)[:, top - 1 if self.value.shape[1] > 1 else 0]
 
 
+def readable(space: str) -> str:
+    """Name of the margins of logits or of probabilities."""
+    return "rivals_prob" if space == "probabilities" else "rivals"
+
+
 def level(loss: str, classes: int, temperature: float) -> float:
     """Value of the loss below which the class is certainly the true one.
 
@@ -163,7 +168,7 @@ def nearest_columns(at: Margins, radius: Tensor, count: int) -> Tensor:
 
 
 def with_unseen(constants: Tensor, searched: Tensor) -> Tensor:
-    """Constants (n, M, S) where rivals that were not ``searched`` (n, M) get at least the largest of those that were."""
+    """Constants (n, M, S) where rivals not ``searched`` (n, M) get at least the largest of those that were."""
     most = constants.masked_fill(~searched[:, :, None], -math.inf).amax(1, keepdim=True)
     return torch.where(searched[:, :, None], constants, torch.maximum(constants, most))
 
