@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from robeval.bounds.constants import less, margins_at
-from robeval.bounds.convex import Convex
 from robeval.bounds.crown_intervals import relaxed
 from robeval.bounds.graph import Graph
-from robeval.bounds.intervals import Interval, intervals
+from robeval.bounds.intervals import intervals
 from robeval.bounds.proof import Proof, against, margins_of
 from robeval.bounds.region import Region
-from robeval.bounds.rounding import gamma
-from robeval.bounds.slopes import pulled, slopes
-from robeval.core.ball import DUAL, vector_norm
+from robeval.bounds.slopes import jumps, pulled, slopes, steepest_fall
 from robeval.core.catalogue import bound
 
 
@@ -58,30 +55,3 @@ def jacobian(graph: Graph, region: Region, y: Tensor, *, intermediate: Literal["
     lower = less(margins_at(graph, region.x, y), fall + jumps(graph, seen))
     lower = against(lower, y)
     return Proof(lower, constant.gather(1, lower.argmin(1, keepdim=True))[:, 0])
-
-
-def steepest_fall(region: Region, change: Interval) -> tuple[Tensor, Tensor]:
-    """The most that <J, v> can fall below 0 over the region, for a J in intervals, and the dual norm of its slopes.
-
-    Shapes:
-        (n, S, C, H, W) -> (n, S), (n, S).
-    """
-    up, down = ((end[:, None]).flatten(2) for end in (region.high - region.x, region.x - region.low))
-    rise, sink = change.low.flatten(2).neg().clamp_min(0), change.high.flatten(2).clamp_min(0)
-    cost = torch.maximum(rise * (up > 0), sink * (down > 0))
-    corner = torch.maximum(rise * up, sink * down).sum(2)
-    constant = vector_norm(cost.flatten(0, 1), DUAL[region.norm]).view(cost.shape[:2])
-    wide = 1 + 2 * gamma(cost.shape[2])
-    constant = constant * wide
-    return torch.minimum(region.eps[:, None] * constant, corner) * wide, constant
-
-
-def jumps(graph: Graph, seen: dict[int, Interval]) -> Tensor | float:
-    """What margins move by where an activation as computed jumps (softplus at its threshold). -> (n, S)."""
-    total: Tensor | float = 0.0
-    for k, a in seen.items():
-        op = graph.nodes[k].op
-        assert isinstance(op, Convex)
-        if op.below:
-            total = total + op.below * a.size.flatten(2).sum(2) * (1 + gamma(a.low[0, 0].numel()))
-    return total

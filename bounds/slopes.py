@@ -12,7 +12,9 @@ from robeval.bounds.convex import Convex
 from robeval.bounds.graph import Graph
 from robeval.bounds.intervals import Affine, Interval
 from robeval.bounds.operators import Average, Convolution, Dense, Input, Maximum, Reshape, Scale, Sum
+from robeval.bounds.region import Region
 from robeval.bounds.rounding import TINY, ULPS, UNIT, gamma
+from robeval.core.ball import DUAL, vector_norm
 
 #: Slopes of an activation, or the entries of each window that may be the largest: (n, C, k, H', W') bool.
 Slopes = dict[int, Interval | Tensor]
@@ -162,3 +164,30 @@ def _through_maximum(op: Maximum, a: Interval, may: Tensor) -> Interval:
         index = where[None].expand_as(share).flatten(3)
         ends.append(image.scatter_add(3, index, share.flatten(3)).view(*end.shape[:2], *op.into))
     return widened(ends[0], ends[1], 2 * gamma(may.shape[2]))
+
+
+def steepest_fall(region: Region, change: Interval) -> tuple[Tensor, Tensor]:
+    """The most that <J, v> can fall below 0 over the region, for a J in intervals, and the dual norm of its slopes.
+
+    Shapes:
+        (n, S, C, H, W) -> (n, S), (n, S).
+    """
+    up, down = ((end[:, None]).flatten(2) for end in (region.high - region.x, region.x - region.low))
+    rise, sink = change.low.flatten(2).neg().clamp_min(0), change.high.flatten(2).clamp_min(0)
+    cost = torch.maximum(rise * (up > 0), sink * (down > 0))
+    corner = torch.maximum(rise * up, sink * down).sum(2)
+    constant = vector_norm(cost.flatten(0, 1), DUAL[region.norm]).view(cost.shape[:2])
+    wide = 1 + 2 * gamma(cost.shape[2])
+    constant = constant * wide
+    return torch.minimum(region.eps[:, None] * constant, corner) * wide, constant
+
+
+def jumps(graph: Graph, seen: dict[int, Interval]) -> Tensor | float:
+    """What margins move by where an activation as computed jumps (softplus at its threshold). -> (n, S)."""
+    total: Tensor | float = 0.0
+    for k, a in seen.items():
+        op = graph.nodes[k].op
+        assert isinstance(op, Convex)
+        if op.below:
+            total = total + op.below * a.size.flatten(2).sum(2) * (1 + gamma(a.low[0, 0].numel()))
+    return total
