@@ -22,6 +22,8 @@ FOOT = (
 UNDIAGNOSED = "not run"
 NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 CONTRACT = 1
+#: Rows of this group are pictures: they look for no sign, so no verdict counts them.
+PICTURES = 6
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def verdict(rows: pd.DataFrame, level: str, *, planned: int = 0, unevaluated: in
         planned: Tests that the diagnosis has; fewer rows mean that it stopped half-way.
         unevaluated: Images on which the model gave no finite answer under attack; they forbid the fourth verdict.
     """
+    drawn = rows["group"] == PICTURES
+    rows, planned = rows[~drawn], planned - int(drawn.sum())
     failed, warned = rows[rows["result"] == FAILED], rows[rows["result"] == WARNING]
     broken = failed[failed["group"] == CONTRACT]
     ids = (tuple(failed["id"]), tuple(warned["id"]))

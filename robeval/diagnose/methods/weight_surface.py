@@ -70,5 +70,5 @@ def filter_normalised(weight: Tensor, seed: int, number: int) -> Tensor:
     generator = torch.Generator().manual_seed(1_000_003 * seed + number)
     d = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device).flatten(1)
     lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1, keepdim=True)
-    d = d * (lengths / torch.linalg.vector_norm(d, dim=1, keepdim=True).clamp_min(1e-30))
+    d *= lengths / torch.linalg.vector_norm(d, dim=1, keepdim=True).clamp_min(1e-30)
     return d.view_as(weight)
