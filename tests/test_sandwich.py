@@ -11,9 +11,11 @@ import pytest
 
 from robeval.core.errors import Contradicted, FileRefused, UsageError
 from robeval.core.records import Certificate
+from robeval.reports.bounds import bounds_table
 from robeval.reports.certificates import CertificateFacts
 from robeval.reports.sandwich import estimates_table, images_csv, insist, sandwich_table, sandwiches, smoothed_table
 from robeval.reports.stats import Rate
+from robeval.reports.tables import models_table
 from robeval.reports.writers import latex
 from robeval.store.manifest import new_manifest
 from robeval.store.runstore import RunStore
@@ -192,3 +194,38 @@ def test_the_file_of_images_has_both_ends(stores: list[RunStore]) -> None:
     lines = images_csv(sandwiches(stores)).splitlines()
     assert lines[0].startswith("model,norm,index,label,correct,proof,proof_by,proof_run,attack,")
     assert len(lines) == 6
+
+
+def test_certified_accuracy_stands_beside_the_attacks(stores: list[RunStore]) -> None:
+    near, far = models_table(stores).rows
+    assert (near["certified >="], far["certified >="]) == (Rate(1, 5), Rate(0, 5))
+    assert near["worst case <="] == Rate(3, 5)
+
+
+def test_a_table_with_a_contradiction_is_not_made(tmp_path: Path) -> None:
+    forged = proofs(tmp_path, [image(0, 0.11)])
+    with pytest.raises(Contradicted):
+        models_table([forged, attacks(tmp_path)])
+
+
+def test_the_table_of_bounds_keeps_kinds_apart(tmp_path: Path) -> None:
+    mixed = [
+        *(image(i, 0.05 if i < 2 else 0.0, eps=0.05) for i in range(4)),
+        *(image(i, 0.12, bound="l-bound", kind="estimate", status="estimate") for i in range(4)),
+        *(image(i, 0.3, bound="smoothing", kind="probabilistic", confidence=0.999) for i in range(4)),
+    ]
+    store = proofs(tmp_path, mixed, eps=(0.05,))
+    crown, guess, smooth = bounds_table([store, attacks(tmp_path)]).rows
+    assert (crown["kind"], crown["certified >="]) == ("proof", Rate(2, 4))
+    assert (guess["kind"], guess["falsified"], guess["mean radius"]) == ("ESTIMATE", Rate(1, 4), pytest.approx(0.12))
+    assert "certified >=" not in guess
+    assert "mean radius" not in crown
+    assert (smooth["kind"], smooth["certified >="]) == ("probabilistic", Rate(4, 4))
+    notes = " ".join(bounds_table([store]).notes)
+    assert "SMOOTHED" in notes
+    assert "falsified" not in bounds_table([store]).columns
+    two = proofs(tmp_path, [image(0, 0.1)], norm="l2")
+    with pytest.raises(UsageError, match="different threat models"):
+        bounds_table([store, two])
+    with pytest.raises(FileRefused, match="in l1"):
+        bounds_table([store], "l1")

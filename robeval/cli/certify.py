@@ -173,15 +173,13 @@ def repair(
     table: list[dict[str, Any]], classifier: Classifier, images: Images, store: RunStore, attacked: list[RunStore]
 ) -> None:
     """Beside the constant of each estimate that has one, the smallest one that the attacks allow."""
-    from robeval.bounds.expansion import RIVALS
     from robeval.certify.repair import repaired
 
     methods = {m["label"]: m for m in store.manifest()["methods"]}
     for row in table:
         method = methods[row["bound"]]
         row["symbol"] = {1: "L", 2: "C"}.get(method["order"], "")
-        loss, top = method["settings"].get("loss"), method["settings"].get("top", 1)
-        if row["kind"] == "estimate" and method["order"] and loss not in (None, *RIVALS) and top == 1:
+        if row["kind"] == "estimate" and method["order"]:
             row["repaired_constant"], row["checked_against"] = repaired(
                 classifier, images, method, row["norm"], row["constant"], attacked
             )

@@ -125,8 +125,9 @@ def _verify(stores: list[Any], folder: Path) -> tuple[int, int]:
 
 def demo_table(stores: list[Any]) -> Any:
     """One row per model: linf robust accuracy per attack, and the l2 estimates beside the l2 distance found."""
+    from robeval.reports.beside import estimates
     from robeval.reports.frames import AttackFacts
-    from robeval.reports.tables import Table, estimates, models_table
+    from robeval.reports.tables import Table, models_table
 
     attacked = [s for s in stores if s.manifest()["kind"] == "attack"]
     table: Table = models_table(attacked, "linf")
@@ -138,7 +139,7 @@ def demo_table(stores: list[Any]) -> Any:
         facts = AttackFacts(store)
         mean, found = facts.mean_distance()
         upper = "l2 mean distance" + (" <=" if found == len(facts.clean) else f", {found} found")
-        cells = {f"l2 {k}": v for k, v in estimates(stores, facts).items()}
+        cells: dict[str, Any] = {f"l2 {k}": v for k, v in estimates(stores, facts).items()}
         cells[upper] = mean if math.isfinite(mean) else None
         for row in table.rows:
             if row["model"] == facts.manifest["model"]["name"]:

@@ -13,7 +13,7 @@ from robeval.core.errors import UsageError, unknown
 
 EXAMPLES = (
     "**Examples**\n\n    robeval table runs\n\n    robeval table runs --norm linf --format latex --out table.tex\n\n"
-    "    robeval table runs/attack-model-1f2e3d4c --layout attacks"
+    "    robeval table runs/attack-model-1f2e3d4c --layout attacks\n\n    robeval table runs --layout bounds --norm l2"
 )
 
 
@@ -25,7 +25,9 @@ def table(
     layout: Annotated[
         str,
         typer.Option(
-            "--layout", help="models (rows are models) or attacks (one run in detail).", rich_help_panel=OUTPUT
+            "--layout",
+            help="models (rows are models), attacks (one run in detail) or bounds (every bound with its kind).",
+            rich_help_panel=OUTPUT,
         ),
     ] = "models",
     norm: Annotated[str | None, typer.Option("--norm", help="Only runs in this norm.")] = None,
@@ -41,6 +43,7 @@ def table(
 ) -> None:
     """Make a table from finished runs, from their records alone."""
     set_quiet(quiet)
+    from robeval.reports.bounds import bounds_table
     from robeval.reports.diagnoses import diagnosed, insist_on_diagnosis, is_counterexamples
     from robeval.reports.tables import attacks_table, models_table
     from robeval.reports.writers import write
@@ -48,7 +51,7 @@ def table(
     from robeval.store.find import runs as find_runs
 
     stores = [s for text in runs for s in find_runs(text)]
-    if not allow_undiagnosed:
+    if not allow_undiagnosed and layout != "bounds":  # bounds alone say no robust accuracy
         insist_on_diagnosis(d for d in diagnosed(stores) if norm in (None, d.facts.norm))
     if layout == "models":
         texts = [write(models_table(stores, norm), form, ci)]
@@ -61,8 +64,10 @@ def table(
         if form in ("json", "csv") and len(chosen) != 1:
             raise UsageError(f"--layout attacks as {form} takes one run, these are {len(chosen)}", code="T03")
         texts = [write(attacks_table(s, stores), form, ci) for s in chosen]
+    elif layout == "bounds":
+        texts = [write(bounds_table(stores, norm), form, ci)]
     else:
-        raise unknown("layout", layout, ("models", "attacks"))
+        raise unknown("layout", layout, ("models", "attacks", "bounds"))
     for store in stores:
         for warning in store.warnings:
             note(warning)

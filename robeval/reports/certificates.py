@@ -23,12 +23,10 @@ class CertificateFacts:
         self.norm: str = self.manifest["threat"]["norm"]
         self.radii: list[float] = list(self.manifest["threat"]["eps"])
         self.top_k: int = self.manifest["settings"].get("top_k", 1)
-        self.top = {m["label"]: max(self.top_k, m["settings"].get("top", 1)) for m in self.manifest["methods"]}
         self.frame = store.frame()
-        kinds = self.frame.drop_duplicates("bound").set_index("bound")["kind"].to_dict()
-        self.kinds: dict[str, str] = {
-            m["label"]: kinds[m["label"]] for m in self.manifest["methods"] if m["label"] in kinds
-        }
+        tops = {m["label"]: m.get("settings", {}).get("top", 1) for m in self.manifest["methods"]}
+        self.kinds: dict[str, str] = self.frame.drop_duplicates("bound").set_index("bound")["kind"].to_dict()
+        self.top = {bound: max(self.top_k, tops.get(bound, 1)) for bound in self.kinds}
 
     def of_kind(self, kind: str) -> list[str]:
         """Labels of the bounds of a kind, in their order."""

@@ -26,9 +26,14 @@ def attack_runs(folder: str | Path, manifest: dict[str, Any]) -> list[RunStore]:
     path = Path(folder)
     if not (path / "manifest.json").is_file() and not any(path.glob("*/manifest.json")):
         return []
+    return attack_runs_among(runs(path), manifest)
+
+
+def attack_runs_among(stores: Iterable[RunStore], manifest: dict[str, Any]) -> list[RunStore]:
+    """The attack runs on the same weights and the same data set as a certify run."""
     return [
         store
-        for store in runs(path)
+        for store in stores
         if (other := store.manifest())["kind"] == "attack"
         and other["model"]["fingerprint"] == manifest["model"]["fingerprint"]
         and other["data"]["name"] == manifest["data"]["name"]

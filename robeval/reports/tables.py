@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from robeval.core.errors import FileRefused, UsageError
+from robeval.core.errors import UsageError
 from robeval.core.numbers import pretty
+from robeval.reports.beside import estimates, proven
 from robeval.reports.diagnoses import DAGGER, Diagnosed, diagnosed
 from robeval.reports.frames import AttackFacts
 from robeval.reports.stats import Rate
@@ -75,56 +76,6 @@ def one_name_one_model(stores: list[RunStore]) -> None:
             )
 
 
-def _subject(manifest: dict[str, Any]) -> tuple[str, str, str]:
-    """What a run is about: model, data set and norm. Runs about the same may stand in one row."""
-    return manifest["model"]["fingerprint"], manifest["data"]["name"], manifest["threat"]["norm"]
-
-
-def _mean_radii(store: RunStore) -> dict[str, tuple[str, pd.DataFrame]]:
-    """Per bound of a run: the heading of its mean radius, and its rows by image."""
-    groups = store.frame().groupby("bound", sort=True)
-    return {str(b): (f"{b} ({r['kind'].iloc[0].upper()}) mean", r.set_index("index")) for b, r in groups}
-
-
-def estimates(stores: list[RunStore], facts: AttackFacts) -> dict[str, Cell]:
-    """Mean radius of each estimated bound of the same model, images and norm, and the share that the attacks refute.
-
-    Of several runs of one bound, the one over the same images as the attack counts, else the last.
-    """
-    cells: dict[str, Cell] = {}
-    distance = facts.distances()
-    mine = [
-        s for s in stores if s.manifest()["kind"] == "certify" and _subject(s.manifest()) == _subject(facts.manifest)
-    ]
-    images = facts.manifest["data"]["fingerprint"]
-    for store in sorted(mine, key=lambda s: bool(s.manifest()["data"]["fingerprint"] == images)):
-        for bound, (name, rows) in _mean_radii(store).items():
-            cells[name] = float(rows["radius"].mean())
-            both = rows.join(distance.rename("found"), how="inner")
-            refuted = both["found"] < both["radius"]
-            cells[f"{bound} attacked inside"] = Rate(int(refuted.sum()), len(both))
-    return cells
-
-
-def _bounds_table(stores: list[RunStore], norm: str | None) -> Table:
-    """Bounds alone, where nothing was attacked."""
-    mine = [s for s in stores if s.manifest()["kind"] == "certify" and norm in (None, s.manifest()["threat"]["norm"])]
-    if not mine:
-        raise FileRefused("no attack run among these" + (f" in {norm}" if norm else ""), code="R05")
-    one_norm({s.manifest()["threat"]["norm"] for s in mine})
-    rows: list[dict[str, Cell]] = []
-    notes = []
-    for store in mine:
-        m = store.manifest()
-        row: dict[str, Cell] = {"model": m["model"]["name"]}
-        row |= {name: float(r["radius"].mean()) for name, r in _mean_radii(store).values()}
-        rows.append(row)
-        notes.append(f"{_origin(m, len(store.frame()['index'].unique()))}, {store.folder}")
-    columns = list(dict.fromkeys(c for row in rows for c in row))
-    norm = mine[0].manifest()["threat"]["norm"]
-    return Table(f"Bounds in {norm}, mean radius over all images; nothing was attacked", columns, rows, notes)
-
-
 def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
     """Models and radii against attacks.
 
@@ -140,13 +91,16 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
     runs = _attack_runs(stores, norm)
     facts = [d.facts for d in runs]
     if not facts:
-        return _bounds_table(stores, norm)
+        from robeval.reports.bounds import bounds_table
+
+        return bounds_table(stores, norm)
     rows: list[dict[str, Cell]] = []
     columns = ["model", "eps", "clean"]
     notes: list[str] = []
     for run in runs:
         f, bare = run.facts, run.diagnosis is None and bool(run.facts.radii)
         name = f.manifest["model"]["name"] + ("" if f.complete else " (incomplete)") + (f" {DAGGER}" if bare else "")
+        proofs = proven(stores, f)
         for eps in f.radii:
             row: dict[str, Cell] = {"model": name, "eps": pretty(eps), "clean": f.clean_accuracy}
             for a in f.per_attack(eps):
@@ -155,6 +109,8 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
                     note = "attacks ran one after the other over the images still standing; such columns are cumulative"
                     notes += [note] if note not in notes else []
             row["worst case <="], row["diagnostics"] = f.worst_case(eps), run.said(eps)
+            if proofs:
+                row["certified >="] = proofs.certified(eps)
             rows.append(row)
         if not f.radii:
             rows.append({"model": name, "eps": "-", "clean": f.clean_accuracy})
@@ -165,6 +121,8 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
             row.update(estimates(stores, f))
         if found < len(f.clean):
             notes.append(f"{name}: the mean distance is over the {found} of {len(f.clean)} images where one was found")
+        if proofs and len(proofs.images) < len(f.clean):
+            notes.append(f"{name}: certified counts the {len(proofs.images)} of {len(f.clean)} images with proofs")
         notes += _diagnosis_notes(run)
         notes.append(provenance(f))
     alone = {s.manifest()["threat"]["norm"] for s in stores if s.manifest()["kind"] == "certify"} - {
@@ -174,11 +132,8 @@ def models_table(stores: list[RunStore], norm: str | None = None) -> Table:
         notes.append(f"bounds in {', '.join(sorted(alone))} are left out: nothing here was attacked in that norm")
     for row in rows:
         columns += [c for c in row if c not in columns]
-    last = [
-        c
-        for c in columns
-        if c in ("worst case <=", "diagnostics", "mean distance", "found") or "mean" in c or "inside" in c
-    ]
+    ends = ("certified >=", "worst case <=", "diagnostics", "mean distance", "found")
+    last = [c for c in columns if c in ends or "mean" in c or "inside" in c]
     columns = [c for c in columns if c not in last] + last
     title = f"Robust accuracy in {facts[0].norm}: images that no attack broke, an upper bound"
     return Table(title, columns, rows, list(dict.fromkeys(notes)))
@@ -260,7 +215,7 @@ def _nearest(f: AttackFacts) -> list[dict[str, Cell]]:
     return rows
 
 
-def _origin(m: dict[str, Any], seen: int) -> str:
+def origin(m: dict[str, Any], seen: int) -> str:
     """Model, images and seed with their hashes."""
     return (
         f"{m['model']['name']}: sha256 {m['model']['fingerprint'][:12]}, "
@@ -273,7 +228,7 @@ def provenance(f: AttackFacts) -> str:
     """Where the numbers of a run come from."""
     m, cost = f.manifest, f.cost()
     text = (
-        f"{_origin(m, len(f.clean))}, "
+        f"{origin(m, len(f.clean))}, "
         f"{cost['forwards']:,} forward and {cost['backwards']:,} backward passes, {cost['seconds']} s, {f.store.folder}"
     )
     if not f.complete:
