@@ -63,7 +63,7 @@ class AttackFacts:
         if struck:
             keys = zip(self.attacks["index"], self.attacks["attack"], self.attacks["eps"], strict=True)
             held = [(store.folder.name, *key) not in struck for key in keys]
-            self.attacks = self.attacks.assign(success=self.attacks["success"] & held)
+            self.attacks = self.attacks.assign(success=self.attacks["success"] & np.array(held, bool))
         for found in (other.frame() for other in more):
             found = found[found["attack"].str.startswith(COUNTEREXAMPLES) & found["index"].isin(self.clean.index)]
             self.attacks = pd.concat([self.attacks, found], ignore_index=True) if len(found) else self.attacks
