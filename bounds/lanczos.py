@@ -85,11 +85,38 @@ def lanczos(
     """
     limit = min(steps or (50 if size < 10_000 else 100), size)
     least = min(least, limit)
-    found = _start(products, draw, 0, rows, size, end, least, limit, tolerance, vectors)
+    found, _ = _start(products, draw, 0, rows, size, end, least, limit, tolerance, vectors)
     for again in range(1, starts):
         number = again * (limit + 1)
-        found = _better(found, _start(products, draw, number, rows, size, end, least, limit, tolerance, vectors))
+        other, _ = _start(products, draw, number, rows, size, end, least, limit, tolerance, vectors)
+        found = _better(found, other)
     return found
+
+
+def tridiagonal(
+    products: Callable[[Tensor], Product],
+    draw: Callable[[Tensor, int], Tensor],
+    rows: int,
+    size: int,
+    *,
+    steps: int,
+    number: int = 0,
+) -> Tensor:
+    """The matrices Q^T H Q of so many steps from one random start per row, whatever has converged.
+
+    Args:
+        products: As for :func:`lanczos`.
+        draw: The same.
+        rows: Number of operators n.
+        size: Their dimension.
+        steps: Products per row, at most ``size``.
+        number: Number of the start's random vector.
+
+    Returns:
+        (n, steps, steps) float64.
+    """
+    _, t = _start(products, draw, number, rows, size, "both", steps, steps, 0.0, False)
+    return t[:, :steps, :steps]
 
 
 def _better(a: Spectrum, b: Spectrum) -> Spectrum:
@@ -129,8 +156,8 @@ def _start(
     limit: int,
     tolerance: float,
     vectors: bool,
-) -> Spectrum:
-    """One run from one random vector per row."""
+) -> tuple[Spectrum, Tensor]:
+    """One run from one random vector per row, and the tridiagonal matrices of the rows that stayed to the end."""
     held = torch.arange(rows)  # rows still in the batch; ``done`` says which of them are only waiting to leave
     product = products(held)
     q = _unit(draw(held, number))
@@ -189,4 +216,4 @@ def _start(
         if broken.any():  # go on in what is left of the space
             fresh = draw(held[broken].cpu(), number + k + 1)
             q[broken] = _unit(_orthogonal(_unit(fresh), basis[broken, : k + 1]))
-    return Spectrum(out[0], out[1], out[2], out[3], count, met, vector)
+    return Spectrum(out[0], out[1], out[2], out[3], count, met, vector), t
