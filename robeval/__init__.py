@@ -12,17 +12,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from robeval.core.classifier import Classifier
     from robeval.core.images import Images
-    from robeval.interface import AttackRun, attack, wrap
+    from robeval.interface import AttackRun, CertifyRun, attack, certify, wrap
 
 _WHERE = {
     "AttackRun": "robeval.interface",
+    "CertifyRun": "robeval.interface",
     "Classifier": "robeval.core.classifier",
     "Images": "robeval.core.images",
     "attack": "robeval.interface",
+    "certify": "robeval.interface",
     "wrap": "robeval.interface",
 }
 
-__all__ = ["AttackRun", "Classifier", "Images", "__version__", "attack", "wrap"]
+__all__ = ["AttackRun", "CertifyRun", "Classifier", "Images", "__version__", "attack", "certify", "wrap"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from robeval.certification import settings as certifying
+from robeval.certification.run import certify as certify_run
 from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
@@ -21,6 +23,8 @@ from robeval.evaluate.verify import Verification, verify
 from robeval.models.contract import check
 from robeval.models.load import load as load_model
 from robeval.models.normalise import normaliser
+from robeval.reports.bounds import bounds_table
+from robeval.reports.certificates import CertificateFacts
 from robeval.reports.frames import AttackFacts
 from robeval.reports.stats import Rate
 from robeval.reports.tables import Table, attacks_table
@@ -134,3 +138,72 @@ def attack(
     result = verify(store, classifier, chosen)
     result.insist()
     return AttackRun(store, result)
+
+
+@dataclass(frozen=True)
+class CertifyRun:
+    """A finished run of bounds.
+
+    Args:
+        store: Its folder on disk.
+    """
+
+    store: RunStore
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per image, bound and radius; the columns of :class:`robeval.core.records.Certificate`."""
+        return self.store.frame()
+
+    def certified(self, bound: str, eps: float) -> Rate:
+        """Images that this proof or probabilistic bound certifies at eps: for a proof a lower bound on robust accuracy.
+
+        Raises:
+            ValueError: the bound is an estimate.
+        """
+        return CertificateFacts(self.store).certified(bound, eps)
+
+    def radii(self, bound: str) -> pd.Series:
+        """Radius per image id; 0 where misclassified or nothing is certified."""
+        return CertificateFacts(self.store).reach(bound)
+
+    def table(self) -> Table:
+        """Every bound with its kind."""
+        return bounds_table([self.store])
+
+
+def certify(
+    model: Classifier | str | Path,
+    data: Images | str,
+    *,
+    bounds: Sequence[str] = ("crown",),
+    norm: str = "linf",
+    eps: float | Sequence[float] = (),
+    top_k: int = 1,
+    images: str | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    out: str | Path = "runs",
+) -> CertifyRun:
+    """Bound a classifier image by image, as ``robeval certify`` does; the same call resumes.
+
+    Args:
+        model: A model file, or a classifier made by :func:`wrap`.
+        data: A data set as on the command line (its test split), or images in [0, 1].
+        bounds: Bounds such as ``"crown"`` or ``"smoothing:sigma=0.5"``.
+        norm: linf, l2 or l1.
+        eps: Radii that proofs try, in pixel units; none seeks the largest radius of every image.
+        top_k: The class is to stay among so many best ones.
+        images: Subset, such as ``"500"``.
+        seed: Seed of every image's random stream.
+        batch_size: Most images in one model call; changes no result.
+        out: Folder of runs.
+
+    Raises:
+        RobevalError: unusable model, data or settings; see the documentation of exit codes.
+    """
+    classifier = model if isinstance(model, Classifier) else load_model(model)
+    chosen = subset(load_images(data) if isinstance(data, str) else data, images).to(classifier.device)
+    check(classifier, chosen)
+    radii = sorted({float(e) for e in ([eps] if isinstance(eps, (int, float)) else eps)})
+    settings = certifying.Settings(choose("bounds", list(bounds), norm), norm, seed, batch_size, radii, top_k)
+    return CertifyRun(certify_run(classifier, chosen, settings, root=str(out)))

@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from robeval.reports.falsify import attack_runs, falsify, hits, nearest, summary
-from robeval.certify.repair import repaired
-from robeval.certify.run import certify
-from robeval.certify.settings import Settings
+from robeval.certification.repair import repaired
+from robeval.certification.run import certify
+from robeval.certification.settings import Settings
 from robeval.core.choosing import choose
 from robeval.core.classifier import Classifier
 from robeval.core.images import Images
 from robeval.core.records import AttackRecord, Certificate
+from robeval.reports.falsify import attack_runs, falsify, hits, nearest, summary
 from robeval.store.manifest import new_manifest
 from robeval.store.runstore import RunStore
 from tests.problems import linear

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from robeval.certify import chunks, proving
-from robeval.certify.run import certify
-from robeval.certify.settings import Settings
+from robeval.certification import chunks, proving
+from robeval.certification.run import certify
+from robeval.certification.settings import Settings
 from robeval.core.catalogue import Spec, parse
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken, MachineError, UsageError

@@ -30,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "robeval.reports": {"robeval.store", *LIGHT_CORE},
 }
 LOWER = {*ARROWS} - {"robeval.reports"}
-for floor in ("robeval.evaluate", "robeval.certify", "robeval.train"):
+for floor in ("robeval.evaluate", "robeval.certification", "robeval.train"):
     ARROWS[floor] = LOWER
 ARROWS["robeval.diagnose"] = LOWER | {"robeval.evaluate"}
 ARROWS["robeval.interface"] = {*ARROWS}  # robeval from Python, beside the command line

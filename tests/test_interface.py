@@ -39,6 +39,30 @@ def test_attack_a_wrapped_module(tmp_path: Path) -> None:
         rv.attack(model, "digits", suite="slow", eps=0.1, out=tmp_path)
 
 
+def test_certify_a_wrapped_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    train = load("digits", "train")
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(train.x), train.y).backward()
+        optimizer.step()
+    model = rv.wrap(net, classes=10, name="small")
+    run = rv.certify(model, "digits", bounds=["ibp", "crown"], eps=[0.002, 0.02], images="20", out=tmp_path)
+    near, far = (run.certified("crown", eps) for eps in (0.002, 0.02))
+    assert near.n == far.n == 20
+    assert near.k >= far.k
+    assert near.k > 10
+    assert run.certified("ibp", 0.02).k <= far.k
+    assert len(run.to_frame()) == 2 * 2 * 20
+    assert {row["bound"] for row in run.table().rows} == {"ibp", "crown"}
+    radii = rv.certify(model, "digits", bounds=["crown"], images="20", out=tmp_path).radii("crown")
+    assert int((radii >= 0.02).sum()) == far.k
+    again = rv.certify(model, "digits", bounds=["ibp", "crown"], eps=[0.002, 0.02], images="20", out=tmp_path)
+    assert again.store.folder == run.store.folder
+
+
 def test_import_is_light_and_names_are_listed() -> None:
     code = (
         "import sys, robeval; assert 'torch' not in sys.modules; assert 'attack' in dir(robeval);"

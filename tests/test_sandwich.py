@@ -13,6 +13,9 @@ from robeval.core.errors import Contradicted, FileRefused, UsageError
 from robeval.core.records import Certificate
 from robeval.reports.bounds import bounds_table
 from robeval.reports.certificates import CertificateFacts
+from robeval.reports.groups import groups
+from robeval.reports.plots.certified import steps
+from robeval.reports.plots.kinds import pictures
 from robeval.reports.sandwich import estimates_table, images_csv, insist, sandwich_table, sandwiches, smoothed_table
 from robeval.reports.stats import Rate
 from robeval.reports.tables import models_table
@@ -229,3 +232,14 @@ def test_the_table_of_bounds_keeps_kinds_apart(tmp_path: Path) -> None:
         bounds_table([store, two])
     with pytest.raises(FileRefused, match="in l1"):
         bounds_table([store], "l1")
+
+
+def test_the_picture_of_certified_accuracy_steps_down_at_the_radii(stores: list[RunStore]) -> None:
+    facts = CertificateFacts(stores[0])
+    assert steps(facts, "crown") == [(0.0, Rate(4, 5)), (0.05, Rate(3, 5)), (0.08, Rate(2, 5)), (0.12, Rate(1, 5))]
+    (picture,) = pictures("certified", groups(stores), {})
+    assert picture.draw("png") == picture.draw("png")
+    assert picture.draw("pdf").startswith(b"%PDF")
+    assert picture.csv().splitlines()[0].startswith("model,bound,eps,certified >=")
+    assert len(picture.csv().splitlines()) == 1 + 4 + 2
+    assert pictures("certified", groups(stores[1:]), {}) == []

@@ -110,8 +110,8 @@ def certify(
     classifier, chosen = load_both(
         model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device
     )
-    from robeval.certify.run import certify as compute
-    from robeval.certify.settings import Settings
+    from robeval.certification.run import certify as compute
+    from robeval.certification.settings import Settings
     from robeval.reports.falsify import attack_runs, hits, summary
 
     settings = Settings(specs, norm, seed, batch_size, values, top_k, shard)
@@ -173,7 +173,7 @@ def repair(
     table: list[dict[str, Any]], classifier: Classifier, images: Images, store: RunStore, attacked: list[RunStore]
 ) -> None:
     """Beside the constant of each estimate that has one, the smallest one that the attacks allow."""
-    from robeval.certify.repair import repaired
+    from robeval.certification.repair import repaired
 
     methods = {m["label"]: m for m in store.manifest()["methods"]}
     for row in table:

@@ -98,8 +98,8 @@ def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
 
 def _certify(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     """Both estimates in l2."""
-    from robeval.certify.run import certify
-    from robeval.certify.settings import Settings
+    from robeval.certification.run import certify
+    from robeval.certification.settings import Settings
     from robeval.core.choosing import choose
 
     classifier, images = _load(file)

@@ -10,7 +10,9 @@ import typer
 from robeval.cli.common import OUTPUT, Json, Quiet, note, print_json, set_quiet
 from robeval.core.errors import FileRefused
 
-KINDS = "accuracy, waterfall, bracket, distances, passes, paths, softmax, surface, weights, covariance, gallery"
+KINDS = (
+    "accuracy, waterfall, bracket, certified, distances, passes, paths, softmax, surface, weights, covariance, gallery"
+)
 EXAMPLES = (
     "**Examples**\n\n    robeval plot runs --kind bracket\n\n"
     "    robeval plot runs --kind surface --kind softmax --out figures\n\n"

@@ -41,10 +41,9 @@ class CertificateFacts:
     def reach(self, label: str) -> pd.Series:
         """Radius per image id; for proofs and probabilistic bounds 0 wherever nothing is certified."""
         rows = self.rows(label)
-        holds = rows["clean_correct"]
-        if self.kinds[label] != "estimate":
-            holds &= rows["status"] == "verified"
-        return rows["radius"].where(holds, 0.0)
+        if self.kinds[label] == "estimate":
+            return rows["radius"]
+        return rows["radius"].where(rows["clean_correct"] & (rows["status"] == "verified"), 0.0)
 
     def certified(self, label: str, eps: float) -> Rate:
         """Images certified at eps, of all images that the bound has seen.

@@ -9,6 +9,7 @@ from robeval.reports.gallery import Originals, gallery
 from robeval.reports.groups import Group
 from robeval.reports.picture import Picture
 from robeval.reports.plots.bracket import bracket
+from robeval.reports.plots.certified import certified
 from robeval.reports.plots.covariance import covariance
 from robeval.reports.plots.curves import accuracy
 from robeval.reports.plots.distances import distances, passes
@@ -21,6 +22,7 @@ KINDS: dict[str, Paint] = {
     "accuracy": accuracy,
     "waterfall": waterfall,
     "bracket": bracket,
+    "certified": certified,
     "distances": distances,
     "passes": passes,
     "paths": paths,

@@ -14,8 +14,8 @@ from torch import Tensor
 from robeval.bounds.graph import Graph
 from robeval.bounds.proof import Proof
 from robeval.bounds.region import Region
-from robeval.certify.chunks import OnProgress, in_chunks
-from robeval.certify.settings import Settings
+from robeval.certification.chunks import OnProgress, in_chunks
+from robeval.certification.settings import Settings
 from robeval.core.ball import Ball, vector_norm
 from robeval.core.catalogue import Spec
 from robeval.core.classifier import Classifier

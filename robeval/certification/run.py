@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from robeval.bounds.graph import Graph, graph_of
-from robeval.certify.chunks import OnProgress, in_chunks
-from robeval.certify.proving import Prover
-from robeval.certify.settings import Settings, kind_of, manifest_of, refuse
+from robeval.certification.chunks import OnProgress, in_chunks
+from robeval.certification.proving import Prover
+from robeval.certification.settings import Settings, kind_of, manifest_of, refuse
 from robeval.core.catalogue import Spec
 from robeval.core.classifier import Classifier
 from robeval.core.errors import MachineError
