@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from robeval.core import errors
-from robeval.core.records import SCHEMA, AttackRecord, Certificate, describe
+from robeval.core.records import SCHEMA, AttackRecord, Certificate, Diagnosis, describe
 
 DOCS = Path(__file__).resolve().parent
 
@@ -63,7 +63,7 @@ def cell(text: str) -> str:
 def records() -> str:
     """The page of columns."""
     page = RECORDS.format(schema=SCHEMA)
-    for record in (AttackRecord, Certificate):
+    for record in (AttackRecord, Certificate, Diagnosis):
         page += f"\n## {record.__name__}\n\n{(record.__doc__ or '').strip()}\n\n"
         page += "| column | type | unit | meaning |\n|---|---|---|---|\n"
         page += "".join(

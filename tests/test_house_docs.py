@@ -17,7 +17,7 @@ import torch
 from robeval.core import catalogue
 from robeval.core.ball import Ball
 from robeval.core.goal import Untargeted
-from robeval.core.records import AttackRecord, Certificate, describe
+from robeval.core.records import AttackRecord, Certificate, Diagnosis, describe
 from robeval.core.streams import Streams
 from robeval.engine.drive import drive
 
@@ -45,7 +45,7 @@ def test_generated_pages_are_fresh(name: str) -> None:
 
 def test_every_column_is_on_the_page() -> None:
     page = (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
-    for record in (AttackRecord, Certificate):
+    for record in (AttackRecord, Certificate, Diagnosis):
         section = page.split(f"## {record.__name__}\n")[1].split("\n## ")[0]
         for name, kind, unit, meaning in describe(record):
             assert f"| `{name}` | {kind} | {unit} | {meaning} |" in section

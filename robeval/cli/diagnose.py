@@ -30,7 +30,8 @@ TESTS = "Tests"
 
 def _tests_help() -> str:
     """One line per test of the folder."""
-    found = sorted(catalogue.methods("diagnostics").values(), key=lambda m: (m.facts["group"], int(m.facts["id"][1:])))
+    order = lambda m: (m.facts["group"], m.facts["id"][0], int(m.facts["id"][1:]))
+    found = sorted(catalogue.methods("diagnostics").values(), key=order)
     return "\n".join(f"- {m.facts['id']} `{m.name}` [{m.facts['level']}] {m.summary}" for m in found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +66,12 @@ def diagnostics(groups: Sequence[int] = ()) -> list[Spec]:
     """All diagnostics in the order of the report: by group, then by number."""
     specs = [catalogue.parse("diagnostics", name) for name in catalogue.methods("diagnostics")]
     chosen = [s for s in specs if not groups or s.method.facts["group"] in groups]
-    return sorted(chosen, key=lambda s: (s.method.facts["group"], int(s.method.facts["id"][1:])))
+    return sorted(chosen, key=lambda s: place(s.method.facts))
+
+
+def place(about: Mapping[str, Any]) -> tuple[int, str, int]:
+    """Where a test stands in the report: by group, letter and number."""
+    return about["group"], about["id"][0], int(about["id"][1:])
 
 
 def manifest_of(
@@ -90,7 +95,10 @@ def manifest_of(
         model=classifier.facts(),
         data=images.facts(),
         threat={"norm": settings.norm, "eps": [settings.eps]},
-        methods=[facts(s) | {"id": s.method.facts["id"]} for s in diagnostics(settings.groups)],
+        methods=[
+            facts(s) | {"id": s.method.facts["id"], "group": s.method.facts["group"]}
+            for s in diagnostics(settings.groups)
+        ],
         seed=settings.seed,
         settings=how,
         argv=argv,

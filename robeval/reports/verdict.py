@@ -21,7 +21,7 @@ FOOT = (
 #: What a number without a diagnosis carries.
 UNDIAGNOSED = "not run"
 NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-CONTRACT = 1
+CONTRACT, PICTURES = 1, 6
 #: Rows of this group are pictures: they look for no sign, so no verdict counts them.
 PICTURES = 6
 
@@ -71,6 +71,7 @@ def verdict(rows: pd.DataFrame, level: str, *, planned: int = 0, unevaluated: in
     """
     drawn = rows["group"] == PICTURES
     rows, planned = rows[~drawn], planned - int(drawn.sum())
+    rows = rows[rows["group"] != PICTURES]
     failed, warned = rows[rows["result"] == FAILED], rows[rows["result"] == WARNING]
     broken = failed[failed["group"] == CONTRACT]
     ids = (tuple(failed["id"]), tuple(warned["id"]))
@@ -147,7 +148,8 @@ def verdict_of(store: RunStore, unevaluated: int = 0) -> Verdict:
     """The verdict of a stored diagnosis."""
     manifest = store.manifest()
     level = str(manifest["settings"]["level"])
-    return verdict(ordered(store), level, planned=len(manifest["methods"]), unevaluated=unevaluated)
+    tests = sum(m["group"] != PICTURES for m in manifest["methods"])
+    return verdict(ordered(store), level, planned=tests, unevaluated=unevaluated)
 
 
 def ordered(store: RunStore) -> pd.DataFrame:
@@ -166,6 +168,7 @@ def lines(rows: pd.DataFrame, level: str, end: Verdict) -> list[str]:
     images = int(rows["n_images"].max()) if len(rows) else 0
     cost = f"{_thousands(forwards)} forwards, {_thousands(backwards)} backwards, {rows['seconds'].sum():.0f} s"
     out = [f"Diagnostics ({level}, {images} images, {cost})"]
+    rows = rows[(rows["group"] != PICTURES) | (rows["result"] != NOT_RUN)]
     higher = rows[(rows["result"] == NOT_RUN) & rows["why"].str.startswith("level ")]
     shown = rows.drop(higher.index)
     cells = [("id", "question", "measured", "limit", "result")]
