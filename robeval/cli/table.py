@@ -26,7 +26,7 @@ def table(
         str,
         typer.Option(
             "--layout",
-            help="models (rows are models), attacks (one run in detail) or bounds (every bound with its kind).",
+            help="models (rows are models), attacks (one run in detail), bounds (each with its kind) or regularity.",
             rich_help_panel=OUTPUT,
         ),
     ] = "models",
@@ -45,13 +45,14 @@ def table(
     set_quiet(quiet)
     from robeval.reports.bounds import bounds_table
     from robeval.reports.diagnoses import diagnosed, insist_on_diagnosis, is_counterexamples
+    from robeval.reports.regularity import regularity_table
     from robeval.reports.tables import attacks_table, models_table
     from robeval.reports.writers import write
     from robeval.store.files import cannot_write, write_whole
     from robeval.store.find import runs as find_runs
 
     stores = [s for text in runs for s in find_runs(text)]
-    if not allow_undiagnosed and layout != "bounds":  # bounds alone say no robust accuracy
+    if not allow_undiagnosed and layout not in ("bounds", "regularity"):  # they say no robust accuracy
         insist_on_diagnosis(d for d in diagnosed(stores) if norm in (None, d.facts.norm))
     if layout == "models":
         texts = [write(models_table(stores, norm), form, ci)]
@@ -66,8 +67,10 @@ def table(
         texts = [write(attacks_table(s, stores), form, ci) for s in chosen]
     elif layout == "bounds":
         texts = [write(bounds_table(stores, norm), form, ci)]
+    elif layout == "regularity":
+        texts = [write(regularity_table(stores), form, ci)]
     else:
-        raise unknown("layout", layout, ("models", "attacks", "bounds"))
+        raise unknown("layout", layout, ("models", "attacks", "bounds", "regularity"))
     for store in stores:
         for warning in store.warnings:
             note(warning)
