@@ -17,6 +17,7 @@ from robeval.core.catalogue import bound
     " Gram Iteration, arXiv:2305.16173",
     norms=("l2", "linf", "l1"),
     kind="proof",
+    domain="whole space",
     order=1,
     smooth=False,
 )

@@ -153,3 +153,14 @@ def test_networks_with_kinks_are_refused_by_name() -> None:
     with pytest.raises(ContractBroken, match=r"twice differentiable network; this one has .*ReLU.*MaxPool2d") as caught:
         sound_curvature(graph, region, torch.zeros(3, dtype=torch.int64))
     assert caught.value.code == "B01"
+
+
+def test_shells_only_help() -> None:
+    graph, _ = random_graph("dense", SmoothReLU(), 3)
+    region = random_region("l2", 0.3, 3)
+    y = graph.logits(region.x).argmax(1)
+    one, two, six = (sound_curvature(graph, region, y, shells=k) for k in (1, 2, 6))
+    assert (six.lower >= two.lower).all() and (two.lower >= one.lower).all()
+    assert (six.margin() > one.margin()).all()
+    assert one.constant is not None and six.constant is not None
+    torch.testing.assert_close(one.constant, six.constant, rtol=1e-12, atol=0)
