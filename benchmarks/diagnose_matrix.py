@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from robeval.core import catalogue
-from robeval.core.errors import RobevalError
 from robeval.diagnose.finding import CLEAR, DOES_NOT_APPLY, FAILED, NOT_RUN, WARNING, Finding, not_run
 from robeval.diagnose.subject import Subject
 from tests import planted
@@ -42,8 +41,8 @@ def diagnosed(subject: Subject, level: str) -> dict[str, tuple[Finding, float, i
         before, start = (subject.passes.forwards, subject.passes.backwards), time.perf_counter()
         try:
             finding = method.load()(subject)
-        except (RobevalError, RuntimeError) as error:
-            finding = not_run(str(error).splitlines()[0])
+        except Exception as error:
+            finding = not_run(f"{type(error).__name__}: {error}".splitlines()[0])
         spent = time.perf_counter() - start
         passes = subject.passes
         rows[method.facts["id"]] = (finding, spent, passes.forwards - before[0], passes.backwards - before[1])
