@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from robeval.core.errors import FileRefused
 from robeval.core.numbers import pretty
 from robeval.reports.frames import ABS, REL, AttackFacts
+from robeval.reports.picture import label as label_of
 from robeval.reports.stats import Rate
 from robeval.reports.tables import Cell, Table, one_name_one_model, one_norm, provenance
-from robeval.reports.writers import one_line
 from robeval.store.runstore import RunStore
 
 #: Colours that people with any colour vision tell apart (Okabe and Ito 2008).
@@ -260,7 +260,7 @@ def paint(axes: Any, found: list[Curve], norm: str) -> None:
         rates = [rate for _, rate in steps] + [steps[-1][1]]
         y = [100 * r.value for r in rates]
         low, high = ([100 * r.interval[i] for r in rates] for i in (0, 1))
-        name = one_line(c.name).replace("$", r"\$")
+        name = label_of(c.name)
         style = "-" if c.everywhere else ":"
         axes.step(x, y, where="post", color=colour, linestyle=style, linewidth=1.8, label=f" {name}")
         axes.fill_between(x, low, high, step="post", color=colour, alpha=0.15, linewidth=0)

@@ -20,10 +20,10 @@ _STYLE = re.compile(r' style="([^"]*)"')
 _FONT = re.compile(r"(?:(?P<weight>bold|\d{3}) )?(?P<size>[\d.]+px) (?P<family>.+)")
 
 
-def label(text: str) -> str:
-    """A name as a legend writes it: one line, at most 40 characters, its dollars no mathematics."""
+def label(text: str, most: int = 40) -> str:
+    """A name as a picture writes it: one line, shortened, its dollars no mathematics."""
     text = one_line(text)
-    return (text if len(text) <= 40 else text[:37] + "...").replace("$", r"\$")
+    return (text if len(text) <= most else text[: most - 3] + "...").replace("$", r"\$")
 
 
 @dataclass(frozen=True)

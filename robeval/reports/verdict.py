@@ -69,8 +69,6 @@ def verdict(rows: pd.DataFrame, level: str, *, planned: int = 0, unevaluated: in
         planned: Tests that the diagnosis has; fewer rows mean that it stopped half-way.
         unevaluated: Images on which the model gave no finite answer under attack; they forbid the fourth verdict.
     """
-    drawn = rows["group"] == PICTURES
-    rows, planned = rows[~drawn], planned - int(drawn.sum())
     rows = rows[rows["group"] != PICTURES]
     failed, warned = rows[rows["result"] == FAILED], rows[rows["result"] == WARNING]
     broken = failed[failed["group"] == CONTRACT]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from robeval.reports.certificates import CertificateFacts
-from robeval.reports.curve import COLOURS, label_of
+from robeval.reports.curve import COLOURS
 from robeval.reports.groups import NORM, Group
-from robeval.reports.picture import BAND, INK, Picture
+from robeval.reports.picture import BAND, INK, Picture, label
 from robeval.reports.stats import Rate
 from robeval.reports.tables import Cell, Table
 
@@ -62,7 +62,7 @@ def _picture(g: Group) -> Picture | None:
             shown = [rate for _, rate in line] + [Rate(0, line[-1][1].n)]
             values = [100 * r.value for r in shown]
             colour, style = COLOURS[k % len(COLOURS)], "--" if "smoothed" in name else "-"
-            axes.step(x, values, where="pre", color=colour, linestyle=style, linewidth=1.6, label=label_of(name))
+            axes.step(x, values, where="pre", color=colour, linestyle=style, linewidth=1.6, label=label(name))
             low, high = ([100 * r.interval[end_] for r in shown] for end_ in (0, 1))
             axes.fill_between(x, low, high, step="pre", color=colour, alpha=BAND, linewidth=0)
         axes.set_xlim(0, end)

@@ -53,7 +53,7 @@ def _picture(g: Group, f: AttackFacts, eps: float, number: int) -> Picture:
             axes.barh(k, lost, left=left, color=COLOURS[1], height=0.7)
             told = f"{left}" + (f" (-{lost})" if k else "")
             axes.text(left + lost + 0.01 * n, k, told, va="center", color=INK, fontsize=8)
-        axes.set_yticks(range(len(stages)), [label(name) for name, _, _ in stages])
+        axes.set_yticks(range(len(stages)), [label(name, 26) for name, _, _ in stages])
         axes.invert_yaxis()
         axes.set_xlim(0, 1.22 * n)
         axes.set_xlabel("images standing (blue), lost at this stage (orange)")
@@ -62,7 +62,7 @@ def _picture(g: Group, f: AttackFacts, eps: float, number: int) -> Picture:
         f"waterfall-{g.key}-{number}-{pretty(eps).replace('/', 'of')}",
         f"{g.name}: survivors attack by attack, {f.norm} eps {pretty(eps)}",
         "Each attack is credited with the images that it was the first to break. What is left at the bottom is an "
-        "upper bound on what is robust.",
+        "upper bound on robust accuracy.",
         Table("", ["model", "eps", "stage", "lost", "standing"], rows),
         paint,
         (4.8, 0.9 + 0.28 * len(stages)),
