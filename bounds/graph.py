@@ -7,9 +7,10 @@ understood to the last one. Whatever is not is refused by name: a layer that is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from robeval.bounds.convex import Convex
 from robeval.bounds.operators import Average, Convolution, Dense, Maximum, Operator, Reshape, Scale, Sum
 from robeval.bounds.parts import Refused
-from robeval.bounds.steps import SUPPORTED, Steps
+from robeval.bounds.steps import SUPPORTED, Statistics, Steps
 from robeval.core.errors import ContractBroken
 from robeval.core.smooth import SmoothReLU
 
@@ -46,7 +47,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A network in float64, node by node in the order of evaluation; the first is the image, the last the logits."""
+    """A network, node by node in the order of evaluation; the first is the image, the last the logits."""
 
     nodes: list[Node]
     facts: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -77,7 +78,7 @@ class Graph:
         ]
 
     def values(self, x: Tensor) -> list[Tensor]:
-        """Output of every node; (n, C, H, W) float64."""
+        """Output of every node; x (n, C, H, W) in the precision of the weights, float64 in proofs."""
         found: list[Tensor] = []
         for node in self.nodes:
             found.append(evaluate(node, [found[i] for i in node.inputs]) if node.inputs else x)
@@ -125,20 +126,66 @@ def graph_of(module: Callable[[Tensor], Tensor], shape: tuple[int, ...], name: s
             name, "a plain function", "the layers of a torch.nn.Module can be read, those of a function cannot"
         )
     double = copy.deepcopy(module).double().eval().requires_grad_(False)
+    traced = _traced(double, name)
+    with torch.no_grad():
+        graph = _read(double, traced, shape, name, {})
+    _agrees(graph, double, shape, name)
+    return graph
+
+
+def live_graph(
+    module: nn.Module, shape: tuple[int, ...], statistics: Mapping[nn.Module, Statistics], name: str = "the model"
+) -> Graph:
+    """The same on the network's own weights and in their precision, for training; its bounds are no proofs.
+
+    Nothing is copied, so that bounds can be differentiated in the weights. Dropout is left out.
+
+    Args:
+        module: The network. Its forward is traced once; hooks on it as a whole only watch it, and are allowed.
+        shape: (C, H, W).
+        statistics: Mean and variance of what enters each BatchNorm layer in train mode; those in eval mode have theirs.
+        name: How messages call it.
+
+    Raises:
+        ContractBroken: B03, an operator that proofs do not know, with its path and the ones they do.
+    """
+    modes = [m.training for m in module.modules()]
+    if module not in _TRACES or _TRACES[module][0] != modes:
+        _TRACES[module] = modes, _traced(module, name, watched=True)
+    return _read(module, _TRACES[module][1], shape, name, statistics)
+
+
+#: What live networks do in the modes that they were in, since tracing costs as much as a step on a small one.
+_TRACES: WeakKeyDictionary[nn.Module, tuple[list[bool], fx.Graph]] = WeakKeyDictionary()
+
+
+def _traced(module: nn.Module, name: str, *, watched: bool = False) -> fx.Graph:
+    """What ``forward`` does, step by step."""
     hooked = [
-        path or type(m).__name__ for path, m in double.named_modules() if m._forward_hooks or m._forward_pre_hooks
+        path or type(m).__name__
+        for path, m in module.named_modules()
+        if (m._forward_hooks or m._forward_pre_hooks) and not (watched and m is module)
     ]
     if hooked:
         raise refused(name, f"a forward hook on {hooked[0]}", "what a hook does to a layer is unknown")
     try:
-        traced = _Tracer().trace(double)
+        return _Tracer().trace(module)
     except Exception as error:
         raise refused(name, "a forward that depends on its data", str(error).strip().splitlines()[0]) from None
-    steps = Steps(double, shape)
+
+
+def _read(
+    module: nn.Module,
+    traced: fx.Graph,
+    shape: tuple[int, ...],
+    name: str,
+    statistics: Mapping[nn.Module, Statistics],
+) -> Graph:
+    """The operators of a network on the tensors that it holds."""
+    steps = Steps(module, shape, statistics)
     try:
-        with torch.no_grad():
-            for step in traced.nodes:
-                steps.take(step)
+        for step in traced.nodes:
+            steps.take(step)
     except Refused as refusal:
         raise refused(name, str(refusal), refusal.why) from None
     graph = Graph([Node(*facts) for facts in steps.parts.nodes])
@@ -146,7 +193,6 @@ def graph_of(module: Callable[[Tensor], Tensor], shape: tuple[int, ...], name: s
         raise refused(
             name, f"an output of shape {graph.nodes[-1].shape}", "a classifier gives one row of logits an image"
         )
-    _agrees(graph, double, shape, name)
     return graph
 
 

@@ -38,11 +38,11 @@ class Parts:
     """Collects ``(operator, inputs, shape, path)``; each method takes a node and the arguments of torch's function.
 
     Args:
-        module: The network, for its device.
+        module: The network, for its device and precision.
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.like = next(module.parameters(), torch.empty(0, dtype=torch.float64))
         self.nodes: list[tuple[Operator, tuple[int, ...], tuple[int, ...], str]] = []
         self.path = ""
 
@@ -50,14 +50,14 @@ class Parts:
         """A new node; its shape is found by evaluation where none is given."""
         if shape is None:
             assert not isinstance(op, Input | Sum | Convex)
-            shape = tuple(op.forward(self.blank(inputs[0])).shape[1:])
+            with torch.no_grad():
+                shape = tuple(op.forward(self.blank(inputs[0])).shape[1:])
         self.nodes.append((op, inputs, tuple(shape), self.path))
         return Ref(len(self.nodes) - 1)
 
     def blank(self, ref: int) -> Tensor:
         """Two rows of zeros of a node's shape."""
-        like = next(self.module.parameters(), torch.empty(0))
-        return torch.zeros(2, *self.nodes[ref][2], dtype=torch.float64, device=like.device)
+        return torch.zeros(2, *self.nodes[ref][2], dtype=self.like.dtype, device=self.like.device)
 
     def curve(self, op: Convex, ref: Ref) -> Ref:
         return self.add(op, (ref,), self.nodes[ref][2])
@@ -109,7 +109,7 @@ class Parts:
         k = pair(kernel_size)
         if not ceil_mode and (count_include_pad or pair(padding) == (0, 0)) and divisor_override is None:
             # The same mean in every place: a convolution of each channel with itself.
-            weight = torch.full((into[0], 1, *k), 1 / math.prod(k), dtype=torch.float64, device=self.blank(ref).device)
+            weight = torch.full((into[0], 1, *k), 1 / math.prod(k), dtype=self.like.dtype, device=self.like.device)
             return self.conv2d(ref, weight, None, stride or kernel_size, padding, 1, into[0])
 
         def average(h: Tensor) -> Tensor:
@@ -164,12 +164,10 @@ class Parts:
             return self.add(Sum(sign), (a, b), self.nodes[a][2])
         ref, constant = (a, b) if isinstance(a, Ref) else (b, a)
         shape = self.nodes[ref][2]
-        one = torch.ones((), dtype=torch.float64, device=self.blank(ref).device)
+        one = torch.ones((), dtype=self.like.dtype, device=self.like.device)
         # c - h turns h round; h - c moves it down.
-        scale, shift = (
-            (one, sign * _constant(constant, shape)) if ref is a else (sign * one, _constant(constant, shape))
-        )
-        shift = shift.to(one.device)
+        moved = self.constant(constant, shape)
+        scale, shift = (one, sign * moved) if ref is a else (sign * one, moved)
         return self.add(Scale(scale, shift, shift.abs()), (ref,), shape)
 
     def product(self, a: Any, b: Any) -> Ref:
@@ -177,23 +175,21 @@ class Parts:
         if isinstance(constant, Ref):
             raise Refused(f"a product of activations at {self.path}")
         shape = self.nodes[ref][2]
-        scale = _constant(constant, shape).to(self.blank(ref).device)
+        scale = self.constant(constant, shape)
         return self.add(Scale(scale, None, None, fan=2), (ref,), shape)
 
-
-def _constant(value: Any, shape: tuple[int, ...]) -> Tensor:
-    """A number or a tensor that broadcasts against one image, without its axis of images."""
-    t = torch.as_tensor(value, dtype=torch.float64)
-    if t.dim() > len(shape):
-        if t.shape[0] != 1:
+    def constant(self, value: Any, shape: tuple[int, ...]) -> Tensor:
+        """A number or a tensor that broadcasts against one image, without its axis of images."""
+        t = torch.as_tensor(value, dtype=self.like.dtype, device=self.like.device)
+        if t.dim() > len(shape):
+            if t.shape[0] != 1:
+                raise Refused(f"a constant of shape {tuple(t.shape)} against activations of shape {shape}")
+            t = t[0]
+        if torch.broadcast_shapes(t.shape, shape) != torch.Size(shape):
             raise Refused(f"a constant of shape {tuple(t.shape)} against activations of shape {shape}")
-        t = t[0]
-    if torch.broadcast_shapes(t.shape, shape) != torch.Size(shape):
-        raise Refused(f"a constant of shape {tuple(t.shape)} against activations of shape {shape}")
-    return t
+        return t
 
 
-def aligned(per_channel: Any, shape: tuple[int, ...]) -> Tensor:
+def aligned(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """One number per channel, ready to multiply one image's activations."""
-    t = torch.as_tensor(per_channel, dtype=torch.float64)
     return t.reshape(-1, *[1] * (len(shape) - 1)) if t.dim() else t

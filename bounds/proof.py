@@ -30,9 +30,9 @@ class Proof:
         return self.lower.kthvalue(top, dim=1).values
 
 
-def margins_of(y: Tensor, classes: int) -> Rows:
+def margins_of(y: Tensor, classes: int, dtype: torch.dtype = torch.float64) -> Rows:
     """Rows of f_y - f_j on the logits, for every class j; that of j = y is zero. (n,) -> K rows for each image."""
-    eye = torch.eye(classes, dtype=torch.float64, device=y.device)
+    eye = torch.eye(classes, dtype=dtype, device=y.device)
     return Rows(eye[y][:, None, :] - eye, (classes,))
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from robeval.bounds.operators import Input, Scale
 from robeval.bounds.parts import Batch, Parts, Ref, Refused, aligned
 from robeval.core.smooth import SmoothReLU, smooth_relu
 
+#: Mean and variance of each channel.
+Statistics = tuple[Tensor, Tensor]
 #: Functions of torch and methods of tensors that stand for one operator each.
 PLAIN = (
     "relu", "leaky_relu", "softplus", "linear", "conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "flatten",
@@ -25,10 +28,16 @@ SUPPORTED = (
 
 
 class Steps:
-    """Walks over a trace and collects ``(operator, inputs, shape, path)``."""
+    """Walks over a trace and collects ``(operator, inputs, shape, path)``.
 
-    def __init__(self, module: nn.Module, shape: tuple[int, ...]):
-        self.module, self.shape, self.parts = module, shape, Parts(module)
+    Args:
+        module: The network.
+        shape: (C, H, W).
+        statistics: What BatchNorm layers in train mode normalise with.
+    """
+
+    def __init__(self, module: nn.Module, shape: tuple[int, ...], statistics: Mapping[nn.Module, Statistics]):
+        self.module, self.shape, self.statistics, self.parts = module, shape, statistics, Parts(module)
         self.known: dict[fx.Node, Any] = {}
 
     def take(self, step: fx.Node) -> None:
@@ -80,14 +89,15 @@ class Steps:
                 raise Refused(f"Conv2d at {self.parts.path} with padding {m.padding_mode}, {m.padding}")
             return self.parts.conv2d(ref, m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
         if kind in (nn.BatchNorm2d, nn.BatchNorm1d):
-            if m.running_mean is None:
+            if m not in self.statistics and (m.training or m.running_mean is None):
                 raise Refused(
                     f"{kind.__name__} at {self.parts.path} without running statistics",
                     "images would influence each other",
                 )
-            scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
+            mean, variance = self.statistics.get(m, (m.running_mean, m.running_var))
+            scale = (variance + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
             shift = torch.zeros_like(scale) if m.bias is None else m.bias
-            moved = m.running_mean * scale
+            moved = mean * scale
             factor, bias, terms = (aligned(t, shape) for t in (scale, shift - moved, shift.abs() + moved.abs()))
             return self.parts.add(Scale(factor, bias, terms, fan=8), (ref,), shape)
         if kind is nn.ReLU:
@@ -125,7 +135,7 @@ class Steps:
         if target in (operator.truediv, torch.div) or word == "div":
             if not isinstance(args[0], Ref) or isinstance(args[1], Ref):
                 raise Refused(f"a quotient of activations at {self.parts.path}")
-            return self.parts.product(args[0], 1 / torch.as_tensor(args[1], dtype=torch.float64), **named)
+            return self.parts.product(args[0], 1 / torch.as_tensor(args[1], dtype=self.parts.like.dtype), **named)
         if target is getattr:
             if args[1] != "shape":
                 raise Refused(f"the attribute {args[1]} of an activation at {self.parts.path}")

@@ -64,6 +64,12 @@ TABLE = {
     "FD O2": Row("fd-grad:order=2", 3, 2),
     "RAT": Row(f"rat:steps={K},impl=antithetic", K + 7, K + 1),
     "FOAR zero": Row("foar:init=zero", 1, 2, True),
+    "Gaussian noise": Row("noise", 1, 1),
+    # Intervals are two passes, centres and radii; the linear bounds of 3 classes three more.
+    "IBP, clean alone": Row("ibp:kappa=1,ramp=0,warmup=0", 1, 1),
+    "IBP": Row("ibp:ramp=0,warmup=0", 3, 1),
+    "CROWN-IBP": Row("crown-ibp:beta=0.5,ramp=0,warmup=0", 6, 1),
+    "CROWN-IBP at the end": Row("crown-ibp:ramp=0,warmup=0", 3, 1),
     "FOAR PGD1": Row("foar:init=pgd1", 2, 3, True),
 }
 

@@ -39,7 +39,7 @@ def _marks(doc: str) -> Callable[..., Callable[[F], F]]:
 
 attack = _marks("Mark an attack. Facts: source, norms, access, search, attempts, presets, aliases.")
 bound = _marks("Mark a bound. Facts: source, norms, kind (estimate, proof, probabilistic), smooth, aliases.")
-trainer = _marks("Mark a trainer. Facts: source, norms, aliases.")
+trainer = _marks("Mark a trainer. Facts: source, norms, loop (what the training loop should do by default), aliases.")
 architecture = _marks("Mark a function that builds a network. Facts: source.")
 dataset = _marks("Mark a function that loads a data set. Facts: source.")
 diagnostic = _marks("Mark a diagnostic. Facts: id, group, level, images, question, limit, source.")

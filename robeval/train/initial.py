@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from robeval.core.errors import unknown
 
-KINDS = ("he", "torch")
+KINDS = ("he", "torch", "ibp")
 #: Entries of the images that the data's mean and standard deviation are taken of.
 ALL = 1 << 30
 M = TypeVar("M", bound=nn.Module)
@@ -24,7 +25,9 @@ def seeded(build: Callable[[], M], seed: int, kind: str = "he") -> M:
         seed: Seed of the weights.
         kind: ``he`` draws convolutions and dense layers as He et al. 2015 (fan-in, gain of ReLU, zero biases), which
             lets deep networks with smooth activations start to learn; ``torch`` leaves what the architecture itself
-            drew, as the published wide residual networks and resnext34 want it.
+            drew, as the published wide residual networks and resnext34 want it; ``ibp`` draws them so small that
+            intervals do not grow from layer to layer, N(0, 2 pi / fan-in^2) (Shi et al. 2021, arXiv:2103.17268,
+            section 3.2), zero biases.
 
     Raises:
         UsageError: unknown kind.
@@ -34,10 +37,13 @@ def seeded(build: Callable[[], M], seed: int, kind: str = "he") -> M:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         module = build()
-        if kind == "he":
+        if kind != "torch":
             for layer in module.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                    if kind == "ibp":
+                        nn.init.normal_(layer.weight, std=math.sqrt(2 * math.pi) / layer.weight[0].numel())
+                    else:
+                        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
     return module

@@ -18,6 +18,8 @@ COLUMNS = {
     "loss": "mean of what was descended",
     "train_accuracy": "accuracy on the images that the loss was taken at",
     "clean_train_accuracy": "accuracy on the clean training images, where the method sees both",
+    "bounded_accuracy": "share of the training images whose bounds leave the label alone, in float32: no certificate",
+    "bound_radius": "mean radius of the bounds that are trained on, in pixel units",
     "penalty": "mean of the regularizer with its weight",
     "indefinite": "share of mini-batches whose covariance made the penalty negative (sgr)",
     "lowest_eigenvalue": "lowest eigenvalue of the covariance on the torus, before negative ones are mended (sgr)",

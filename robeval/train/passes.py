@@ -26,6 +26,16 @@ class Passes:
     _last_call: int = field(default=-1, repr=False)
 
 
+#: The counts that are going on.
+_OPEN: list[Passes] = []
+
+
+def also_passed(images: int) -> None:
+    """Count images that a method passes forward beside the network's own forward, as intervals or coefficients."""
+    for passes in _OPEN:
+        passes.forward += images
+
+
 @contextmanager
 def counting(module: nn.Module) -> Iterator[Passes]:
     """Count the passes through ``module`` while the context is open."""
@@ -47,7 +57,9 @@ def counting(module: nn.Module) -> Iterator[Passes]:
             z.register_hook(on_backward)
 
     handle = module.register_forward_hook(on_forward)
+    _OPEN.append(passes)
     try:
         yield passes
     finally:
+        _OPEN[:] = [other for other in _OPEN if other is not passes]
         handle.remove()

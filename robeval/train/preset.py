@@ -134,7 +134,7 @@ def resolve(layers: Sequence[Layer]) -> Order:
         return merge(layers)
     awp, name = unwrapped(typed)
     spec = catalogue.parse("trainers", name)
-    beneath: list[Layer] = []
+    beneath = [layer(typed, spec.method.facts.get("loop", {}))]
     if awp:
         gamma, warmup = AWP.get(spec.method.name, AWP[""])
         beneath.append(layer(typed, {"awp": gamma, "awp_warmup": warmup}))
