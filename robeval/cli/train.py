@@ -96,7 +96,7 @@ def train(
         list[str] | None,
         typer.Option("--model-arg", help="key=value for --model, repeatable.", rich_help_panel=MODEL),
     ] = None,
-    weights: Annotated[str | None, _flag("--weights", MODEL, "Starting weights: he or torch.")] = None,
+    weights: Annotated[str | None, _flag("--weights", MODEL, "Starting weights: he, torch or ibp.")] = None,
     surrogate: Annotated[
         str | None, _flag("--surrogate", MODEL, "Model whose images are tried each epoch; --init-from by default.")
     ] = None,
