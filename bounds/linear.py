@@ -84,6 +84,8 @@ def backward(
     rows: Rows,
     found: list[Interval],
     lines: dict[int, Lines | Choice],
+    added: dict[int, Tensor] | None = None,
+    seen: dict[int, Rows] | None = None,
 ) -> Tensor:
     """Lower bounds of <a, h> for the output h of a node, over the region of each image.
 
@@ -97,9 +99,12 @@ def backward(
         rows: S rows of coefficients a for each image.
         found: Intervals of the nodes up to this one.
         lines: Bounds of the curved nodes that are passed through.
+        added: Coefficients to add where the rows reach a node, (n, S, *shape): multipliers of what is known of it.
+        seen: Receives the rows as they stand on the output of every node that they reach.
 
     Returns:
-        (n, S) float64, rounding enclosed; differentiable in the rows and the lines.
+        (n, S) float64, rounding enclosed; differentiable in the rows, the lines and what is added. With multipliers,
+        a bound over those points of the region at which the sum of what is added, times h, is not above 0.
     """
     waiting: dict[int, Rows] = {node: rows}
     total = rows.data.new_zeros(rows.data.shape[:2])
@@ -120,6 +125,12 @@ def backward(
         if k not in waiting:
             continue
         here = waiting.pop(k)
+        if added and k in added:
+            here = here.whole()
+            here = replace(here, data=here.data + added[k])
+            lose(here, largest(found[k].size), 2)
+        if seen is not None:
+            seen[k] = here
         op, inputs, width = graph.nodes[k].op, graph.nodes[k].inputs, math.prod(graph.nodes[k].shape)
         if isinstance(op, Input):
             total = total + here.minimum(region)
