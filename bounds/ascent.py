@@ -55,7 +55,9 @@ def ascend(
         if step < steps:
             optimizer.zero_grad()
             # Margins that are proven already need no more; the ones closest to it matter most for the verdict.
-            (-lower.clamp_max(0) - 1e-2 * lower).sum().backward()
+            with torch.enable_grad():
+                cost = (-lower.clamp_max(0) - 1e-2 * lower).sum()
+            cost.backward()
             optimizer.step()
             for group in optimizer.param_groups:
                 group["lr"] *= 0.98
