@@ -2,7 +2,7 @@
 
 The expectations are those of the pilot in which the tests were chosen, wherever a test fired there, except that
 
-- a test that fires on cross-entropy alone, where the margin is attacked besides, may only warn (logits x40 under noise);
+- a test that fires on cross-entropy alone, where the margin is attacked besides, may only warn (x40 under noise);
 - the unbounded attack is judged without a random start, so that it stands still on quantised and one-hot models too,
   and only warns where the margin cures it (logits x1000, x40);
 - K1 on quantised inputs and on noise, and X1 and X4 on noise and on batch statistics, were finds of a weaker reference
