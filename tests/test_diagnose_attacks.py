@@ -97,9 +97,8 @@ def test_too_few_steps_have_not_converged_and_many_have() -> None:
 
 
 def test_restarts_are_nested_and_never_judged() -> None:
-    result = found(
-        "restarts-converge", subject(before=lambda x: x + 0.1 * (60 * x).sin(), eps=0.02), restarts=8, steps=3
-    )
+    blind = subject(lambda x: x.detach() + 0 * x, eps=0.15)  # each restart is a new random point, no more
+    result = found("restarts-converge", blind, restarts=8, steps=3)
     curve = result.data["accuracy"]
     assert result.data["restarts"] == [1, 2, 4, 8]
     assert curve == sorted(curve, reverse=True)
