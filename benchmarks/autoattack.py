@@ -35,6 +35,7 @@ def main() -> None:
     arguments.add_argument("--attack", choices=(*VERSIONS, *contenders.PARTS), default="standard")
     arguments.add_argument("--batch-size", type=int, default=256)
     arguments.add_argument("--repeat", type=int, default=1)
+    arguments.add_argument("--seed", type=int, default=0, help="the first seed")
     arguments.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds")
     arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
     model = Counting(classifier.module)
     specs = contenders.attacks(VERSIONS.get(options.attack, options.attack), options.norm, classifier.classes)
     differences = []
-    for seed in range(options.seeds):
+    for seed in range(options.seed, options.seed + options.seeds):
         how = {"norm": options.norm, "eps": eps, "seed": seed, "images": images}
         told = race(
             model,
