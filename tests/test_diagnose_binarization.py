@@ -15,7 +15,7 @@ from tests import planted
 
 
 def subject(name: str, n: int = 20) -> Subject:
-    return Subject(planted.model(name), planted.test_images(n), planted.NORM, planted.EPS, level="full")
+    return Subject(planted.model(name), planted.chosen(n), planted.NORM, planted.EPS, level="full")
 
 
 @pytest.mark.parametrize("name", planted.HONEST)
@@ -59,14 +59,14 @@ def test_models_without_a_dense_head_are_left_alone_with_the_reason() -> None:
     ]
     for module, reason in heads:
         classifier = Classifier(module, 10)
-        found = binarization(Subject(classifier, planted.test_images(10), "linf", 0.1, level="full"))
+        found = binarization(Subject(classifier, planted.chosen(10), "linf", 0.1, level="full"))
         assert found.result == DOES_NOT_APPLY
         assert reason in found.why
 
 
 def test_features_are_the_input_of_the_last_dense_layer() -> None:
     net = planted.standard()
-    features, x = features_of(planted.model("logits-x1000"), planted.test_images(10).x), planted.test_images(10).x
+    features, x = features_of(planted.model("logits-x1000"), planted.chosen(10).x), planted.chosen(10).x
     assert not isinstance(features, str)
     said, z = features(x)
     assert torch.equal(said, net[:-1](x)) and torch.equal(z, 1000 * net(x))

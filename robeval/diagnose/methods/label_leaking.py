@@ -44,7 +44,8 @@ def label_leaking(subject: Subject, *, images: int = 256) -> Finding:
     moved = ball.project(chosen.x, chosen.x + subject.eps * ball.ascent(step, chosen.x))
     stepped = subject.logits(moved).argmax(1) == chosen.y
     mended, broken = int((stepped & ~clean).sum()), int((clean & ~stepped).sum())
-    subject.counterexample(chosen.ids[clean & ~stepped], moved[clean & ~stepped], "one step along the gradient")
+    if broken:
+        subject.counterexample(chosen.ids[clean & ~stepped], moved[clean & ~stepped], "one step along the gradient")
     n, gain = len(chosen), mended - broken
     sure = gain > 0 and binomtest(mended, mended + broken, alternative="greater").pvalue < 0.05
     return Finding(
