@@ -194,8 +194,10 @@ class Subject:
         Returns:
             (n,) bool, the candidates that are adversarial images within eps.
         """
-        at = [self.place[int(index)] for index in ids]
-        clean = self.images[torch.tensor(at, device=self.images.x.device)]
+        at = torch.tensor([self.place[int(index)] for index in ids], dtype=torch.int64, device=self.images.x.device)
+        if not len(at):
+            return at.bool()
+        clean = self.images[at]
         decided = judged(self.backend(), clean, x_adv[:, None], Ball(self.norm, self.eps))
         for index, one in zip(clean.ids.tolist(), decided, strict=True):
             self._keep(index, one, how)

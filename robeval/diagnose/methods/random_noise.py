@@ -15,7 +15,7 @@ from robeval.diagnose.guesses import guess
 from robeval.diagnose.subject import Subject
 
 #: Draws per image at each level.
-DRAWS = {"quick": 200, "standard": 1000, "full": 1000}
+DRAWS = {"quick": 150, "standard": 1000, "full": 1000}
 
 
 @diagnostic(
@@ -35,7 +35,7 @@ def random_noise(subject: Subject, *, draws: int | None = None) -> Finding:
     survives cross-entropy alone and falls to noise warns. So only survivors of cross-entropy are tried.
 
     Args:
-        draws: Draws per image, half of them corners; none means 200 at the quick level and 1000 beyond.
+        draws: Draws per image, half of them corners; none means 150 at the quick level and 1000 beyond.
 
     Cost:
         ``draws`` forward passes per image that survives the shared attack on cross-entropy.
