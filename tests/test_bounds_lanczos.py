@@ -15,8 +15,8 @@ from robeval.bounds.lanczos import Spectrum, lanczos
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken
 from robeval.core.losses import per_sample_loss
+from robeval.core.smooth import SmoothReLU
 from robeval.core.streams import Streams
-from robeval.models.activations import SmoothReLU
 
 
 def draws(
