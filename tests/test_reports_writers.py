@@ -128,7 +128,8 @@ def test_bounds_alone_have_a_table(tmp_path: Path) -> None:
     store.append([bound(i, r, "l2") for i, r in enumerate((0.1, 0.3))])
     made = models_table([store])
     (row,) = made.rows
-    assert (row["bound"], row["kind"], row["mean radius"]) == ("l-bound", "ESTIMATE", pytest.approx(0.2))
+    assert (row["bound"], row["kind"]) == ("l-bound", "ESTIMATE")
+    assert row["mean radius"] == pytest.approx(0.2)
     assert "certified" not in "".join(write(made, form) for form in ("terminal", "latex", "csv", "markdown", "json"))
     with pytest.raises(UsageError, match="different threat models"):
         models_table([store, open_run(tmp_path, "certify", "linf")])

@@ -220,7 +220,8 @@ def test_the_table_of_bounds_keeps_kinds_apart(tmp_path: Path) -> None:
     store = proofs(tmp_path, mixed, eps=(0.05,))
     crown, guess, smooth = bounds_table([store, attacks(tmp_path)]).rows
     assert (crown["kind"], crown["certified >="]) == ("proof", Rate(2, 4))
-    assert (guess["kind"], guess["falsified"], guess["mean radius"]) == ("ESTIMATE", Rate(1, 4), pytest.approx(0.12))
+    assert (guess["kind"], guess["falsified"]) == ("ESTIMATE", Rate(1, 4))
+    assert guess["mean radius"] == pytest.approx(0.12)
     assert "certified >=" not in guess
     assert "mean radius" not in crown
     assert (smooth["kind"], smooth["certified >="]) == ("probabilistic", Rate(4, 4))

@@ -33,7 +33,8 @@ def bounds_table(stores: list[RunStore], norm: str | None = None) -> Table:
     mine = [CertificateFacts(s) for s in stores if s.manifest()["kind"] == "certify"]
     mine = [c for c in mine if norm in (None, c.norm)]
     if not mine:
-        raise FileRefused("no attack run and no run of bounds among these" + (f" in {norm}" if norm else ""), code="R05")
+        where = f" in {norm}" if norm else ""
+        raise FileRefused(f"no attack run and no run of bounds among these{where}", code="R05")
     one_norm({c.norm for c in mine})
     one_name_one_model([c.store for c in mine])
     rows: list[dict[str, Cell]] = []
