@@ -245,7 +245,9 @@ def test_first_weights_that_keep_intervals_as_wide_as_they_are() -> None:
 
 
 def test_the_method_asks_for_the_last_epoch_and_users_for_another() -> None:
-    assert resolve([asked("command line", {"method": "ibp"})]).select == "last"
+    alone = resolve([asked("command line", {"method": "ibp"})])
+    assert (alone.select, alone.weights) == ("last", "ibp")
+    assert resolve([asked("command line", {"method": "ibp", "tiny": True})]).epochs == 2
     assert resolve([asked("command line", {"method": "ibp", "select": "best"})]).select == "best"
     assert resolve([asked("command line", {"method": "standard"})]).select == "best"
 

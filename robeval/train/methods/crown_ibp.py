@@ -24,7 +24,7 @@ from robeval.train.step import Loss, Objective
     " Verifiably Robust Neural Networks, arXiv:1906.06316, equation 12",
     norms=("linf",),
     robust=True,
-    loop={"select": "last"},
+    loop={"select": "last", "weights": "ibp", "epochs": 90},
 )
 def crown_ibp(
     model: nn.Module,

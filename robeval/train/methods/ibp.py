@@ -24,7 +24,7 @@ from robeval.train.step import Loss, Objective
     " Interval Bound Propagation for Training Verifiably Robust Models, arXiv:1810.12715, equations 6 and 12",
     norms=("linf",),
     robust=True,
-    loop={"select": "last"},
+    loop={"select": "last", "weights": "ibp", "epochs": 90},
 )
 def ibp(
     model: nn.Module,
