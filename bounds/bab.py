@@ -47,13 +47,14 @@ def bab(
 ) -> Proof:
     """alpha-crown, then cases: neurons that may have either sign are split until every case is proven.
 
-    A case adds the signs it assumes as Lagrange multipliers to the backward pass, batched over the cases of all images.
+    The signs that a case assumes enter its backward pass with Lagrange multipliers, batched over the cases of all images.
     Points where the bound is least are tried, and one that is misclassified ends its image. Given enough branches, a
     ReLU network without max-pooling is decided unless its least margin is 0.
 
     Args:
         branches: Most cases per image, shared by its rivals; 0 is alpha-crown and a search for a misclassified point.
-        seconds: Most seconds per image; none means no limit, and results that do not depend on the machine.
+        seconds: Most seconds per image for its cases, looked at after each round; none means no limit, and results that
+            do not depend on the speed of the machine.
         steps: Steps of Adam on lines and multipliers, at the start and in each case.
         rate: Its first step size, as in alpha-crown.
 
@@ -68,7 +69,8 @@ def bab(
     Departs:
         Neurons are scored by coefficient times height of the triangle between their lines; of the three best, the one
         whose halves are bounded best by one pass is split. The intervals before the activations are those of crown met
-        with intervals carried forward in each case; they are not optimised. Max-pooling stays relaxed.
+        with intervals carried forward in each case; they are not optimised. Max-pooling stays relaxed. One
+        misclassified point ends its image, also where top-k asks for more.
     Raises:
         ContractBroken: B03, an operator that proofs do not know; B01, an activation without a kink.
         UsageError: a negative limit.

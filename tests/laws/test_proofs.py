@@ -24,6 +24,8 @@ PROOFS = {name: m for name, m in catalogue.methods("bounds").items() if m.facts[
 CASES = [(name, norm) for name, m in PROOFS.items() for norm in m.facts["norms"]]
 REACH = {"linf": 1.0, "l2": 3.0, "l1": 8.0}
 IMAGES = 3
+#: Settings that keep slow proofs quick.
+QUICK = {"bab": {"branches": 60}}
 
 torch_seeds = st.integers(0, 2**31 - 1)
 
@@ -106,7 +108,7 @@ def problem(seed: int, norm: str, act: str = "") -> tuple[nn.Module, Graph, Regi
 
 def prove(name: str, graph: Graph, region: Region, y: Tensor) -> Proof:
     method = catalogue.find("bounds", name)
-    found: Proof = method.load()(graph, region, y, **method.bind({}))
+    found: Proof = method.load()(graph, region, y, **method.bind(QUICK.get(name, {})))
     return found
 
 
