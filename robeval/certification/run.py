@@ -209,4 +209,11 @@ def _certificate(r: Reading, spec: Spec, settings: Settings) -> Certificate:
         backwards=r.backwards,
         seed=settings.seed,
         bound_config_hash=spec.config_hash,
+        rival=r.rival,
+        curvature_least=r.curvature_least,
+        reach=r.reach,
+        blocks=r.blocks,
+        plain=r.plain,
+        p_value=r.p_value,
+        p_lower=r.p_lower,
     )

@@ -5,6 +5,7 @@ Every field carries its sentence and unit; the Parquet schema and the documentat
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -82,7 +83,7 @@ class Certificate:
     gradient_norm: float = col("dual norm of the loss gradient at the image")
     curvature: float = col("largest eigenvalue of the loss Hessian at the image; nan where not computed")
     constant: float = col("constant L or C that the bound used")
-    domain: str = col("where the constant was taken: test set, ball, box, whole space or point")
+    domain: str = col("where the constant was taken: test set, ball, box, whole space, point or smoothed classifier")
     arithmetic: str = col("floating-point format, and whether rounding is enclosed")
     residual: float = col("error bound of the eigenvalue: an eigenvalue lies this close; nan where not computed")
     confidence: float = col("probability that the statement holds; nan for estimates, 1 for proofs")
@@ -91,6 +92,22 @@ class Certificate:
     backwards: int = col("gradients or Hessian-vector products taken", "passes")
     seed: int = col("seed of the run")
     bound_config_hash: str = col("hash of the bound's name and all its settings")
+    rival: int = col("class whose margin decides the radius, -1 where the loss is over all rivals", default=-1)
+    curvature_least: float = col("smallest eigenvalue of the loss Hessian; nan where not computed", default=math.nan)
+    reach: float = col(
+        "radius within which points were drawn; nan where none were", "pixels in [0, 1]", default=math.nan
+    )
+    blocks: int = col("blocks of ``samples`` points whose largest values were fitted", default=0)
+    plain: float = col(
+        "radius that the largest value seen gives, without the fit; nan without one",
+        "pixels in [0, 1]",
+        default=math.nan,
+    )
+    p_value: float = col("Kolmogorov-Smirnov test of the fit; nan where nothing was fitted", default=math.nan)
+    p_lower: float = col(
+        "lower confidence limit of the probability of the predicted class under noise; nan where there is none",
+        default=math.nan,
+    )
 
 
 @dataclass(frozen=True)
