@@ -47,7 +47,7 @@ def bab(
 ) -> Proof:
     """alpha-crown, then cases: neurons that may have either sign are split until every case is proven.
 
-    The signs that a case assumes enter its backward pass with Lagrange multipliers, batched over the cases of all images.
+    The signs that a case assumes enter its backward pass as Lagrange multipliers, in one batch for all images.
     Points where the bound is least are tried, and one that is misclassified ends its image. Given enough branches, a
     ReLU network without max-pooling is decided unless its least margin is 0.
 
