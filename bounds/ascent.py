@@ -13,6 +13,7 @@ from robeval.bounds.proof import margins_of
 from robeval.bounds.region import Region
 
 
+@torch.enable_grad()
 def ascend(
     graph: Graph,
     region: Region,

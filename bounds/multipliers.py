@@ -151,6 +151,7 @@ def _some(choice: Lines | Choice, rows: Tensor) -> Choice:
     return Choice(choice.place[rows], choice.ceiling[rows], choice.decided[rows])
 
 
+@torch.enable_grad()
 def _bounded(task: Task, cells: Cells, steps: int, rate: float) -> Bounded:
     """The ascent itself, on as many sub-problems as fit into memory."""
     passes = _Pass(task, cells)

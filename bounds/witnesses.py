@@ -36,6 +36,7 @@ def pulled_in(region: Region, image: Tensor, points: Tensor) -> Tensor:
     return inside
 
 
+@torch.enable_grad()
 def descend(
     graph: Graph, region: Region, y: Tensor, image: Tensor, rival: Tensor, points: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
