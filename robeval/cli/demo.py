@@ -24,7 +24,7 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train, attack, certify and verify two models on real digits, and print one table.
+    """Train, attack, diagnose, certify and verify two models on real digits, and print one table.
 
     Digits are small (8x8, 1,797 images): a toy to see every step, not a benchmark. A second call finds all done.
     """
@@ -39,6 +39,7 @@ def demo(
         note(f"trained   {file}")
         with progress(f"attack {name}") as on_progress:
             stores += _attack(file, folder, on_progress)
+        stores += _diagnose(file, folder, stores[-2])
         with progress(f"certify {name}") as on_progress:
             stores += _certify(file, folder, on_progress)
     checked, confirmed = _verify(stores, folder)
@@ -83,17 +84,30 @@ def _attack(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
     from robeval.core.choosing import choose
     from robeval.evaluate.attacking import attack_run
     from robeval.evaluate.settings import Settings
-    from robeval.evaluate.suites import suite
 
     classifier, images = _load(file)
     runs = [
-        Settings(suite("quick", "linf")[0], "linf", [EPS], each=True),
+        _linf(),
         Settings(choose("attacks", ["deepfool"], "l2"), "l2", [], each=True),
     ]
     return [
         attack_run(classifier, images, s, root=str(folder / "runs"), argv=sys.argv[1:], on_progress=on_progress)
         for s in runs
     ]
+
+
+def _linf() -> Any:
+    from robeval.evaluate.settings import Settings
+    from robeval.evaluate.suites import suite
+
+    return Settings(suite("quick", "linf")[0], "linf", [EPS], each=True)
+
+
+def _diagnose(file: Path, folder: Path, attacked: Any) -> list[Any]:
+    """The quick diagnosis of the linf run."""
+    from robeval.cli.diagnosing import after_attack
+
+    return after_attack(attacked, *_load(file), _linf(), str(folder / "runs"))
 
 
 def _certify(file: Path, folder: Path, on_progress: OnProgress) -> list[Any]:
@@ -129,8 +143,7 @@ def demo_table(stores: list[Any]) -> Any:
     from robeval.reports.frames import AttackFacts
     from robeval.reports.tables import Table, models_table
 
-    attacked = [s for s in stores if s.manifest()["kind"] == "attack"]
-    table: Table = models_table(attacked, "linf")
+    table: Table = models_table([s for s in stores if s.manifest()["kind"] != "certify"], "linf")
     drop = [c for c in table.columns if c in ("mean distance", "found") or "bound" in c]
     table.columns = [c for c in table.columns if c not in drop]
     for store in stores:
