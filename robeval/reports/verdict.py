@@ -85,12 +85,12 @@ def verdict(rows: pd.DataFrame, level: str, *, planned: int = 0, unevaluated: in
     if len(failed):
         names = ", ".join(failed["id"])
         text = (
-            f"SIGNS OF A WEAK EVALUATION: {len(failed)} of {plural(total, 'test')} failed ({names}). The true robust "
+            f"SIGNS OF A WEAK EVALUATION: {len(failed)} of {plural(ran, 'test')} failed ({names}). The true robust "
             "accuracy is very likely lower than the number above."
         )
         return Verdict(2, text + open_, f"{level}, {len(failed)} failed ({names})", *ids)
     if len(warned) or open_:
-        text = f"NO FAILURE, {plural(len(warned), 'WARNING').upper()} in {plural(total, 'test')}."
+        text = f"NO FAILURE, {plural(len(warned), 'WARNING').upper()} in {plural(ran, 'test')}."
         return Verdict(3, text + open_, f"{level}, no failure, {plural(len(warned), 'warning')}", *ids)
     left = f" ({len(silent)} {_reasons(silent)})" if len(silent) else ""
     short = f"{level}, no sign found by {ran} of {plural(total, 'test')}"
