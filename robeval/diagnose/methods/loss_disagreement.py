@@ -22,7 +22,7 @@ def loss_disagreement(subject: Subject) -> Finding:
     """Accuracy under the gradient attack on cross-entropy against the lowest of those on margin, DLR, targeted margin.
 
     Beside the gap: for each pair of losses the images that one breaks and the other does not. A reported list of
-    gradient attacks with one loss alone fails, whatever the gap.
+    gradient attacks with one loss alone warns, and fails where the gap is above the mark of honest models.
 
     Cost:
         40 backward passes per image on cross-entropy, margin and DLR, 120 on the targeted margin, fewer where they
@@ -31,7 +31,8 @@ def loss_disagreement(subject: Subject) -> Finding:
         None; in the SOAR paper the gap is 35 points for SOAR and 0.8 to 5.8 for five honest models.
     Departs:
         Cross-entropy alone is held against the strongest, as in the table that the marks come from. Margin and DLR
-        without a target lie up to 10 points above the targeted margin on honest models too.
+        without a target lie up to 10 points above the targeted margin on honest models too. One reported loss is a
+        failure only where the losses do disagree: on an honest model it costs little, and the report says how much.
     """
     images = subject.correct(images_of(subject))
     total, broken = len(subject.some(images_of(subject))), by_loss(subject, images)
@@ -41,13 +42,13 @@ def loss_disagreement(subject: Subject) -> Finding:
     gap = accuracy["ce"] - accuracy[strongest]
     alone = _reported(subject)
     single = len(alone) == 1
-    result = FAILED if gap > LEAD_FAIL or single else WARNING if gap > LEAD_WARN else CLEAR
+    result = FAILED if gap > (LEAD_WARN if single else LEAD_FAIL) else WARNING if gap > LEAD_WARN or single else CLEAR
     why = [f"{strongest} breaks {gap:.1f} points more than cross-entropy"] if gap > LEAD_WARN else []
     why += [f"the reported gradient attacks all use one loss, {next(iter(alone))}"] if single else []
     return Finding(
         result,
         measured=", ".join(f"{loss} {a:.1f}" for loss, a in accuracy.items()) + f" %; gap {gap:.1f}",
-        limit="8 points; FAILED above 15, or one reported loss",
+        limit="8 points; FAILED above 15, or above 8 with one reported loss",
         n_images=len(images),
         flagged=ids(images, broken[strongest] & ~broken["ce"]) if gap > LEAD_WARN else (),
         what_to_do="report the minimum over losses; attack with margin and targeted losses besides"
