@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from robeval.core.errors import ContractBroken, FileRefused, RobevalError, UsageError
-from robeval.core.records import AttackRecord, Certificate
+from robeval.core.records import AttackRecord, Certificate, col
+from robeval.store import parts
 from robeval.store.find import runs
 from robeval.store.manifest import folder_name, new_manifest, run_id
 from robeval.store.runstore import RunStore
@@ -241,3 +242,32 @@ def test_rows_must_fit_the_run_and_their_images(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="opened to read"):
         RunStore.open(store.folder).append([record()])
     assert len(store.frame()) == 0
+
+
+def test_rows_of_an_earlier_version_read_with_the_defaults_of_later_columns(tmp_path: Path) -> None:
+    """A later version only adds columns at the end, each with a default; anything else is another record."""
+
+    @dataclass(frozen=True)
+    class Before:
+        index: int = col("id")
+        radius: float = col("radius")
+
+    @dataclass(frozen=True)
+    class Now(Before):
+        rival: int = col("rival", default=-1)
+        plain: float = col("without the fit", default=math.nan)
+
+    @dataclass(frozen=True)
+    class Other(Before):
+        rival: int = col("rival")
+
+    raw = parts.encode([Before(3, 0.5), Before(4, 0.25)], "run", "")
+    table, _ = parts.decode(raw, Now, "run")
+    assert table.schema == parts.arrow_schema(Now)
+    assert table.column("radius").to_pylist() == [0.5, 0.25]
+    assert table.column("rival").to_pylist() == [-1, -1]
+    assert all(math.isnan(v) for v in table.column("plain").to_pylist())
+    with pytest.raises(parts.Damaged, match="columns"):
+        parts.decode(raw, Other, "run")
+    with pytest.raises(parts.Damaged, match="columns"):
+        parts.decode(parts.encode([Now(3, 0.5)], "run", ""), Before, "run")

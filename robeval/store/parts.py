@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,19 @@ def decode(raw: bytes, record: type, run: str) -> tuple[pa.Table, str]:
     if notes.get(b"robeval.run", b"").decode() != run:
         raise Damaged("it belongs to another run")
     if table.column_names != arrow_schema(record).names:
-        raise Damaged("its columns are not those of this run")
+        table = _with_later_columns(table, record)
     return table, notes[b"robeval.examples_sha256"].decode()
+
+
+def _with_later_columns(table: pa.Table, record: type) -> pa.Table:
+    """Rows of an earlier version, with the defaults of the columns that it did not have."""
+    schema, known = arrow_schema(record), table.column_names
+    later = fields(record)[len(known) :]
+    if known != schema.names[: len(known)] or any(f.default is MISSING for f in later):
+        raise Damaged("its columns are not those of this run")
+    for f in later:
+        table = table.append_column(schema.field(f.name), pa.array([f.default] * len(table), type=_TYPES[str(f.type)]))
+    return table
 
 
 def encode_examples(x: NDArray[np.float32]) -> bytes:
