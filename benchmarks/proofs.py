@@ -37,6 +37,7 @@ from robeval.engine.backend import Backend
 from robeval.engine.run import Plan, run
 
 PROOFS = (
+    "alpha-crown",
     "crown",
     "crown-ibp",
     "curvature",
