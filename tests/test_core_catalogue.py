@@ -179,7 +179,7 @@ def test_a_new_file_needs_no_other_edit(tmp_path: Path) -> None:
         " input_shape=(1, 8, 8), classes=[str(k) for k in range(10)], recipe={}, metrics={})"
     )
     subprocess.run([sys.executable, "-c", make], check=True, cwd=tmp_path, env=env)
-    robeval("attack", "m.pt", "--attack", "brand-new", "--eps", "1/16", "--images", "20", "-q")
+    robeval("attack", "m.pt", "--attack", "brand-new", "--eps", "1/16", "--images", "20", "-q", "--no-diagnose")
     manifest = json.loads(next((tmp_path / "runs").glob("*/manifest.json")).read_text())
     assert [(m["label"], m["settings"]) for m in manifest["methods"]] == [("brand-new", {"strength": 0.5})]
     laws = [
