@@ -29,8 +29,10 @@ SHORT: dict[str, dict[str, Any]] = {
     "clever-second": {"blocks": 4, "samples": 3},
     "local-l-bound": {"shells": 2, "steps": 4},
     "local-c-bound": {"shells": 2, "samples": 1, "steps": 2},
+    "smoothing": {"n0": 20, "n": 400},
 }
 CASES = [(name, norm) for name, m in BOUNDS.items() for norm in m.facts["norms"]]
+ESTIMATES = [(name, norm) for name, norm in CASES if BOUNDS[name].facts["kind"] == "estimate"]
 
 
 def compute(
@@ -66,6 +68,7 @@ def problem(classes: int = 3) -> tuple[Classifier, Images]:
 
 
 def told(readings: list[Reading]) -> dict[int, tuple[float, ...]]:
+    """What each image was told; NaN stands where a bound has no such number."""
     return {r.index: (r.radius, r.constant, r.loss_value, r.gradient_norm) for r in readings}
 
 
@@ -89,7 +92,10 @@ def test_law_1_the_kind_is_stated(name: str) -> None:
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_law_2_the_seed_decides(name: str, norm: str) -> None:
     model, these = problem()
-    assert told(compute(name, model, these, norm, seed=3)) == told(compute(name, model, these, norm, seed=3))
+    first, second = (told(compute(name, model, these, norm, seed=3)) for _ in range(2))
+    assert first.keys() == second.keys()
+    for index, numbers in first.items():
+        assert second[index] == pytest.approx(numbers, rel=0, abs=0, nan_ok=True)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
@@ -101,7 +107,7 @@ def test_law_3_order_and_batches_do_not_matter(name: str, norm: str) -> None:
         after = told(other)
         assert set(after) == set(before)
         for index, numbers in before.items():
-            assert after[index] == pytest.approx(numbers, rel=1e-9, abs=1e-12)
+            assert after[index] == pytest.approx(numbers, rel=1e-9, abs=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", list(BOUNDS))
@@ -122,7 +128,7 @@ def test_law_5_misclassified_images_have_radius_0(name: str, norm: str) -> None:
     assert all(r.radius >= 0 and math.isfinite(r.radius) for r in readings)
 
 
-@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize(("name", "norm"), ESTIMATES)
 def test_law_6_exact_on_linear_two_class_models(name: str, norm: str) -> None:
     model, these = linear(2)
     given = {"loss": "cw"} if any(s.name == "loss" for s in BOUNDS[name].settings) else {}
@@ -136,5 +142,6 @@ def test_law_7_passes_are_counted(name: str, norm: str) -> None:
     calls = []
     counted = Classifier(lambda x: calls.append(len(x)) or model.logits(x), 3)  # type: ignore[func-returns-value]
     readings = compute(name, counted, these, norm)
-    assert all(r.forwards >= 1 and r.backwards >= 1 for r in readings)
+    assert all(r.forwards >= 1 for r in readings)
+    assert all((r.backwards >= 1) == (BOUNDS[name].facts["kind"] == "estimate") for r in readings)
     assert sum(r.forwards for r in readings) <= sum(calls)
