@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from robeval.core.errors import ContractBroken, MachineError, RobevalError, UsageError
 from robeval.train.devices import ALONE, Devices, before_sharing, together
 from robeval.train.step import Loss, about, fill_gradients
-from tests.test_train_fit import Stop, go, images, network, same, stop_at
+from tests import test_train_fit
+from tests.test_train_fit import Stop, go, images, same, stop_at
 
 T = TypeVar("T")
 MMA = "mma:steps=2,d_max=0.1,eps_min=0.02"
@@ -37,6 +38,15 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed covariance": ("sgr:source=data", {}),
     "noise on weights": ("rat:steps=2,eps=0.1", {}),
 }
+
+
+BUILDING = threading.Lock()
+
+
+def network(**options: Any) -> nn.Module:
+    """The small network of test_train_fit, built by one thread at a time: they share the global generator."""
+    with BUILDING:
+        return test_train_fit.network(**options)
 
 
 def in_threads(count: int, job: Callable[[Devices], T]) -> list[T | Exception]:

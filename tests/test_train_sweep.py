@@ -234,7 +234,9 @@ def test_help_names_the_flags_it_shares(tmp_path: Path) -> None:
     assert code == 2 and "--epocs" in err
 
 
-@pytest.mark.parametrize("name, runs", [("fashion_mnist", 11), ("cifar10_resnet10", 5)])
+@pytest.mark.parametrize(
+    "name, runs", [("fashion_mnist", 15), ("cifar10_resnet10", 5), ("sandwich_digits", 4), ("sandwich_fashion", 4)]
+)
 def test_the_examples_say_what_can_be_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, runs: int
 ) -> None:

@@ -18,7 +18,7 @@ from robeval.core.classifier import weights_fingerprint
 from robeval.core.images import Images
 from robeval.core.streams import Streams
 from robeval.train import resume
-from robeval.train.augment import augment
+from robeval.train.augment import augmented
 from robeval.train.average import Average
 from robeval.train.awp import perturbed_weights
 from robeval.train.devices import ALONE, Devices, before_sharing
@@ -191,7 +191,7 @@ def _train_epoch(run: Run) -> None:
         rows, part = devices.share(whole), devices.part(len(whole))
         ids, count = run.train.ids[rows].tolist(), state.epoch * run.batches + state.batch
         kind: dict[str, Any] = {"attempts": [count] * len(ids), "dtype": run.train.x.dtype, "device": device}
-        x = augment(run.train.x[rows], Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
+        x = augmented(run.train.x, rows, Streams(recipe.seed, ids, "augment", **kind), recipe.augment)
         rng = Streams(recipe.seed, ids, f"train/{name}", **kind)
         for group in run.optimizer.param_groups:
             group["lr"] = recipe.lr * factor(count)
@@ -222,8 +222,9 @@ def _step(run: Run, parameters: list[nn.Parameter], objective: Objective) -> dic
     """One step of the optimiser, at perturbed weights where the recipe asks for that. -> the objective's logs."""
     recipe, state = run.recipe, run.state
     perturbs = recipe.awp > 0 and state.epoch >= recipe.awp_warmup
-    with perturbed_weights(run.module, objective, recipe.awp) if perturbs else nullcontext(objective) as descended:
-        logs = fill_gradients(parameters, descended, where=f"epoch {state.epoch + 1}, step {state.step + 1}")
+    where = f"epoch {state.epoch + 1}, step {state.step + 1}"
+    with perturbed_weights(run.module, objective, recipe.awp, where) if perturbs else nullcontext(objective) as descended:
+        logs = fill_gradients(parameters, descended, where)
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(parameters, recipe.clip_gradient)
         run.optimizer.step()

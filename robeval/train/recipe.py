@@ -9,7 +9,7 @@ from torch import nn
 
 from robeval.core.ball import Ball
 from robeval.core.errors import UsageError, unknown
-from robeval.train.augment import KINDS
+from robeval.train import augment
 from robeval.train.schedules import schedule
 
 OPTIMIZERS = ("sgd", "adam")
@@ -27,7 +27,7 @@ class Recipe:
         momentum: Momentum of SGD.
         weight_decay: Coupled L2: adds this times the weights to the gradient, for both optimisers.
         schedule: ``constant``, ``cosine``, ``cyclic`` or ``milestones:60/120`` (see :mod:`robeval.train.schedules`).
-        augment: ``none``, ``crop`` or ``crop-flip``.
+        augment: ``none``, ``crop-flip``, ``crop-flip:pad=reflect``, ... (see :func:`robeval.train.augment.read`).
         select: ``best`` keeps the epoch that is best on the held-out images, ``last`` the last one.
         select_on: ``robust`` (PGD-20 accuracy), ``clean``, or ``auto``: robust for methods that claim robustness.
         norm: Norm of the threat model of the log, of the selection and of the guard.
@@ -86,7 +86,6 @@ class Recipe:
             raise UsageError(f"lr must be a number > 0, got {self.lr}", code="A04")
         for name, known in (
             ("optimizer", OPTIMIZERS),
-            ("augment", KINDS),
             ("select", ("best", "last")),
             ("select_on", ("auto", "robust", "clean")),
             ("average", ("none", "swa", "ema")),
@@ -94,6 +93,7 @@ class Recipe:
         ):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
+        augment.read(self.augment)
         schedule(self.schedule, 1, 1)
         Ball(self.norm, self.eps)
 
