@@ -200,6 +200,12 @@ def test_a_gate_fails_with_exit_7(model: Path, tmp_path: Path) -> None:
     assert robeval(*words, "--fail-under", "0.0", cwd=tmp_path)[0] == 0
 
 
+def test_a_mistyped_command_is_told_the_closest(tmp_path: Path) -> None:
+    code, out, err = robeval("certfy", cwd=tmp_path)
+    assert (code, out) == (2, "")
+    assert 'error[A04] unknown command "certfy"; did you mean certify' in err
+
+
 BAD = [
     (["gone.pt"], 3, "M01", "no model file"),
     (["empty.pt"], 3, "M03", "is empty"),

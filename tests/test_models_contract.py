@@ -77,7 +77,12 @@ BROKEN: list[tuple[str, Callable[[Tensor], Any], str, str]] = [
     ("softmax", lambda x: logits(x).softmax(1), "C06", "outputs are probabilities; remove the softmax"),
     ("nan", nan, "C07", r"NaN or Inf logits on \d+ clean images: ids "),
     ("random", lambda x: logits(x) + 9 * torch.randn(len(x), 10), "C12", r"\d+ of 32 images change label between two"),
-    ("a bit random", lambda x: logits(x) + 1e-2 * torch.randn(len(x), 10), "C12", "logits change by .* between two runs"),
+    (
+        "a bit random",
+        lambda x: logits(x) + 1e-2 * torch.randn(len(x), 10),
+        "C12",
+        "logits change by .* between two runs",
+    ),
     ("batch mean", lambda x: logits(x - x.mean(0)), "C14", r"other images in the batch \(\d"),
     ("overwrites", overwrites, "C15", "the model overwrites its input"),
     ("exits", exits, "C18", "the model called sys.exit"),

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from robeval import __version__
-from robeval.core.errors import RobevalError
+from robeval.core.errors import RobevalError, unknown
 from robeval.core.memory import keep_freed_memory
 
 #: Command -> (module, panel, summary). A module is imported when its command is asked for.
@@ -45,6 +45,14 @@ STOPPED = "robeval: stopped; what was decided is saved, the same command goes on
 class LazyGroup(TyperGroup):
     """A command group that imports a command's file only when that command runs or prints its help."""
 
+    runs_one = False  # one command is about to run, or to print its help
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS:
+            raise unknown("command", args[0], COMMANDS)
+        self.runs_one = True
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
@@ -52,8 +60,7 @@ class LazyGroup(TyperGroup):
         if name not in COMMANDS:
             return None
         module, panel, summary = COMMANDS[name]
-        wants_command = any(not a.startswith("-") for a in sys.argv[1:]) or "_ROBEVAL_COMPLETE" in os.environ
-        if not wants_command:  # `robeval --help`: a name and a summary are enough
+        if not self.runs_one and "_ROBEVAL_COMPLETE" not in os.environ:  # for `robeval --help` a summary is enough
             stub = typer.Typer(add_completion=False)
             stub.command(name=name, help=summary)(lambda: None)
             command = typer.main.get_command(stub)

@@ -223,7 +223,9 @@ def _step(run: Run, parameters: list[nn.Parameter], objective: Objective) -> dic
     recipe, state = run.recipe, run.state
     perturbs = recipe.awp > 0 and state.epoch >= recipe.awp_warmup
     where = f"epoch {state.epoch + 1}, step {state.step + 1}"
-    with perturbed_weights(run.module, objective, recipe.awp, where) if perturbs else nullcontext(objective) as descended:
+    with (
+        perturbed_weights(run.module, objective, recipe.awp, where) if perturbs else nullcontext(objective) as descended
+    ):
         logs = fill_gradients(parameters, descended, where)
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(parameters, recipe.clip_gradient)
