@@ -39,11 +39,6 @@ class Node:
     shape: tuple[int, ...]
     path: str
 
-    @property
-    def curved(self) -> bool:
-        """Not affine."""
-        return isinstance(self.op, Convex | Maximum)
-
 
 @dataclass(frozen=True)
 class Graph:

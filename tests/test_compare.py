@@ -8,14 +8,18 @@ from dataclasses import replace
 from itertools import product
 from math import comb, factorial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from robeval.cli.compare import compare
 from robeval.core.errors import FileRefused, UsageError
-from robeval.core.records import CLEAN, AttackRecord
-from robeval.reports.compare import Comparison, holm, mcnemar, newcombe
+from robeval.core.records import CLEAN, AttackRecord, Diagnosis
+from robeval.reports.compare import Comparison
+from robeval.reports.paired import cochran, holm, mcnemar, newcombe
+from robeval.reports.pairs import Pairs
 from robeval.reports.stats import Rate
 from robeval.reports.writers import write
 from robeval.store.manifest import new_manifest
@@ -30,21 +34,41 @@ BASE = AttackRecord(
 ERROR = "the model gave NaN or Inf logits under attack"
 
 
+def diagnosis(root: Path, about: Any, result: str) -> None:
+    """A diagnosis of one test about gradients, in the folder of the runs."""
+    manifest = new_manifest(
+        "diagnose", **about, methods=[{"label": "G1", "id": "G1", "group": 2}], seed=0, argv=["diagnose"],
+        settings={"level": "quick", "runs": [], "sources": []},
+    )  # fmt: skip
+    store = RunStore.create_or_open(root, manifest)
+    texts = dict.fromkeys((f for f in Diagnosis.__dataclass_fields__), "")
+    numbers = dict.fromkeys(("n_images", "n_flagged", "counterexamples", "forwards", "backwards", "seed"), 0)
+    floats = dict.fromkeys(("interval95_low", "interval95_high", "eps", "seconds"), math.nan)
+    store.append([Diagnosis(**{**texts, **numbers, **floats, "id": "G1", "result": result, "group": 2})])  # type: ignore[arg-type]
+    store.close({"seconds": 1.0, "exit_code": 0})
+
+
 def run(
     root: Path, found: dict[int, float | None], *, attack: str = "pgd", eps: tuple[float, ...] = (0.1,),
     model: str = "m", data: str = "d", norm: str = "linf", wrong: tuple[int, ...] = (), errors: tuple[int, ...] = (),
+    verdict: str = "clear", name: str = "digits/test", label: int = 1,
 ) -> RunStore:  # fmt: skip
-    """A run of one attack over images 0, 1, ...: the distance found for each at the largest eps, or none."""
+    """A run of one attack over images 0, 1, ...: the distance found for each at the largest eps, or none.
+
+    Beside it lies a diagnosis of the model, of one test that ended as ``verdict`` says; none where that is empty.
+    """
+    about: Any = {"model": {"name": model, "fingerprint": model * 8}, "threat": {"norm": norm, "eps": list(eps)}}
+    about["data"] = {"name": name, "fingerprint": data, "subset": "", "images": len(found), "ids": list(found)}
+    if verdict:
+        diagnosis(root, about, verdict)
     search = "minimal" if not eps else "fixed"
     manifest = new_manifest(
-        "attack", model={"name": model, "fingerprint": model * 8}, threat={"norm": norm, "eps": list(eps)},
+        "attack", **about, seed=0, settings={"each": True}, argv=["attack"],
         methods=[{"label": attack, "name": attack, "settings": {}, "hash": attack, "source": "A", "search": search}],
-        data={"name": "digits/test", "fingerprint": data, "subset": "", "images": len(found)}, seed=0,
-        settings={"each": True}, argv=["attack"],
     )  # fmt: skip
     records = []
     for i, distance in found.items():
-        clean = replace(BASE, index=i, norm=norm, clean_correct=i not in wrong, success=i in wrong)
+        clean = replace(BASE, index=i, label=label, norm=norm, clean_correct=i not in wrong, success=i in wrong)
         records.append(clean)
         for radius in (eps or (math.inf,)) if i not in wrong else ():
             d = distance if distance is not None and distance <= radius else math.inf
@@ -103,6 +127,67 @@ def test_two_models_and_several_radii(tmp_path: Path) -> None:
     notes = " ".join(comparison.tables()["agreement"].notes)
     assert "eps 0.1: 4 images differ; under 6 no split reaches p < 0.05" in notes
     assert "eps 0.2: 16 images" not in notes
+    assert "diagnostics: A quick, no sign found by 1 of 1 test; B quick, no sign found by 1 of 1 test" in notes
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [("", "B not run"), ("FAILED", "B quick, 1 failed (G1)"), ("warning", "B quick, no failure, 1 warning")],
+)
+def test_p_is_withheld_where_a_diagnosis_failed_or_nobody_looked(tmp_path: Path, verdict: str, said: str) -> None:
+    """A model that hides its gradients wins a paired test unfairly."""
+    found: dict[int, float | None] = dict.fromkeys(range(40), None)
+    a = run(tmp_path, found | dict.fromkeys(range(20), 0.1), model="a")
+    b = run(tmp_path, found, model="b", verdict=verdict)
+    comparison = Comparison(a, b)
+    table = comparison.tables()["agreement"]
+    assert comparison.tested == (verdict == "warning")
+    assert table.rows[0]["p"] == (pytest.approx(2 * 0.5**20) if verdict == "warning" else "withheld")
+    assert said in " ".join(table.notes)
+    assert ("p is withheld" in " ".join(table.notes)) != comparison.tested
+    alone = Comparison(b, run(tmp_path, found, attack="square", model="b", verdict=verdict))
+    assert alone.tested  # two attacks on one model: nobody hides more than the other
+
+
+def test_images_that_both_runs_have(tmp_path: Path) -> None:
+    a = run(tmp_path, dict.fromkeys(range(30), 0.1), attack="pgd", data="first 30")
+    b = run(tmp_path, dict.fromkeys(range(10, 50), None), attack="square", data="others")
+    comparison = Comparison(a, b)
+    (x,) = comparison.agreements
+    assert (comparison.dropped, x.images, x.only_a, x.unknown) == (30, 20, list(range(10, 30)), 0)
+    assert "30 images that only one of the runs has are left out" in " ".join(comparison.tables()["agreement"].notes)
+
+
+def test_several_runs_pair_by_pair(tmp_path: Path) -> None:
+    found: dict[int, float | None] = dict.fromkeys(range(40), None)
+    runs = [run(tmp_path, found | dict.fromkeys(range(n), 0.1), model=m) for m, n in (("a", 20), ("b", 4), ("c", 4))]
+    table = Pairs(runs).tables()["pairs"]
+    assert [row["pair"] for row in table.rows] == ["A - B", "A - C", "B - C"]
+    assert [row["p"] for row in table.rows] == pytest.approx([2 * 0.5**16, 2 * 0.5**16, 1.0])
+    assert [row["p (Holm)"] for row in table.rows] == pytest.approx([6 * 0.5**16, 6 * 0.5**16, 1.0])
+    assert [row["difference"] for row in table.rows] == pytest.approx([-0.4, -0.4, 0.0])
+    notes = " ".join(table.notes)
+    assert "Cochran's Q 32.00 over 40 images that all runs decided" in notes  # 16 images, each lost by A alone
+    assert "3 attack runs in linf: A a, B b, C c" in table.title
+    masked = run(tmp_path, found, model="d", verdict="FAILED")
+    table = Pairs([*runs[:2], masked]).tables()["pairs"]
+    assert [isinstance(row["p"], float) for row in table.rows] == [True, False, False]
+    assert "Cochran" not in " ".join(table.notes)
+
+
+def test_cochrans_q_is_mcnemars_chi_squared_for_two_and_blind_to_names() -> None:
+    rng = np.random.default_rng(0)
+    stands = rng.random((200, 2)) < (0.6, 0.4)
+    b, c = int((stands[:, 0] & ~stands[:, 1]).sum()), int((~stands[:, 0] & stands[:, 1]).sum())
+    q, p = cochran(stands)
+    assert q == pytest.approx((b - c) ** 2 / (b + c))
+    assert p == pytest.approx(math.erfc(math.sqrt(q / 2)))
+    more = rng.random((200, 4)) < (0.6, 0.4, 0.5, 0.5)
+    assert cochran(more) == pytest.approx(cochran(more[:, [2, 0, 3, 1]]))
+    mean = more.mean(0) * 200 - more.sum() / 4
+    each = more.sum(1)
+    assert cochran(more)[0] == pytest.approx(4 * 3 * (mean**2).sum() / (each * (4 - each)).sum())
+    assert cochran(np.ones((5, 3), bool)) == (0.0, 1.0)
 
 
 def test_a_search_of_the_nearest_image_answers_at_every_radius(tmp_path: Path) -> None:
@@ -126,7 +211,9 @@ def test_images_without_an_answer_count_for_nobody(tmp_path: Path) -> None:
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     base = run(tmp_path, {0: None})
     for other, code in (
-        (run(tmp_path, {0: None}, data="other"), "T04"),
+        (run(tmp_path, {0: None}, data="other", name="cifar10/test"), "T04"),
+        (run(tmp_path, {1: None}, data="other"), "T04"),
+        (run(tmp_path, {0: None}, data="another", label=2), "T04"),
         (run(tmp_path, {0: None}, norm="l2"), "T01"),
         (run(tmp_path, {0: None}, eps=(0.3,)), "T05"),
     ):
@@ -192,31 +279,33 @@ def test_every_form_writes_every_table(pair: Comparison, form: str) -> None:
 
 def test_the_command(pair: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = (str(f.store.folder) for f in (pair.a, pair.b))
-    compare(a, b, form="terminal", which="all", ci="bracket", out=None, json=False, quiet=True)
+    compare([a, b], form="terminal", which="all", ci="bracket", out=None, json=False, quiet=True)
     shown = capsys.readouterr().out
     assert "Two attack runs on m" in shown and "Distances and costs" in shown
-    compare(a, b, form="terminal", which="all", ci="bracket", out=None, json=True, quiet=True)
+    compare([a, b], form="terminal", which="all", ci="bracket", out=None, json=True, quiet=True)
     document = json.loads(capsys.readouterr().out)
     assert list(document) == ["agreement", "images", "runs"]
     assert document["agreement"]["rows"][0]["only A"] == 1
     target = tmp_path / "t.csv"
-    compare(a, b, form="csv", which="agreement", ci="bracket", out=str(target), json=False, quiet=True)
+    compare([a, b], form="csv", which="agreement", ci="bracket", out=str(target), json=False, quiet=True)
     assert target.read_text().startswith("eps,A robust <=,A robust <= k")
     for which, form, code in (("all", "csv", "T03"), ("both", "terminal", "A04")):
         with pytest.raises(UsageError) as caught:
-            compare(a, b, form=form, which=which, ci="bracket", out=None, json=False, quiet=True)
+            compare([a, b], form=form, which=which, ci="bracket", out=None, json=False, quiet=True)
         assert caught.value.code == code
     with pytest.raises(UsageError, match="holds 2 attack runs, give one"):
-        compare(str(pair.a.store.folder.parent), b, form="terminal", which="all", ci="bracket", out=None)
+        compare([str(pair.a.store.folder.parent), b], form="terminal", which="all", ci="bracket", out=None)
+    with pytest.raises(UsageError, match="takes 2 to 26 runs, got 1"):
+        compare([a], form="terminal", which="all", ci="bracket", out=None)
     with pytest.raises(FileRefused, match="no run found"):
-        compare(str(tmp_path / "gone"), b, form="terminal", which="all", ci="bracket", out=None)
+        compare([str(tmp_path / "gone"), b], form="terminal", which="all", ci="bracket", out=None)
 
 
 def test_a_long_list_of_images_is_cut_on_a_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = run(tmp_path, dict.fromkeys(range(30), 0.1), attack="pgd")
     b = run(tmp_path, dict.fromkeys(range(30), None), attack="square")
     words = {"ci": "bracket", "out": None, "json": False, "quiet": True}
-    compare(str(a.folder), str(b.folder), form="terminal", which="all", **words)  # type: ignore[arg-type]
+    compare([str(a.folder), str(b.folder)], form="terminal", which="all", **words)  # type: ignore[arg-type]
     assert "and 10 more: --table images" in capsys.readouterr().out
-    compare(str(a.folder), str(b.folder), form="terminal", which="images", **words)  # type: ignore[arg-type]
+    compare([str(a.folder), str(b.folder)], form="terminal", which="images", **words)  # type: ignore[arg-type]
     assert "more" not in capsys.readouterr().out

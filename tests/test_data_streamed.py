@@ -251,6 +251,24 @@ def test_training_on_streamed_images_ends_with_the_same_weights(root: Path, tmp_
     assert torch.equal(*ends) and not torch.equal(ends[0], net().layer.weight)
 
 
+def test_training_crops_streamed_images_in_their_files(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resized crop is cut from the file's full image, not from the shrunken one."""
+    rows: list[int] = []
+    cut = Streamed.cut
+
+    def seen(self: Streamed, which: torch.Tensor, boxes: Any) -> torch.Tensor:
+        rows.extend(which.tolist())
+        return cut(self, which, boxes)
+
+    monkeypatch.setattr(Streamed, "cut", seen)
+    _, images = both(root, split="train")
+    recipe = Recipe(epochs=1, batch_size=4, augment="resized-crop-flip:scale=0.5", eps=0.01)
+    fit(net(), images, method=catalogue.parse("trainers", "standard"), folder=tmp_path / "t", recipe=recipe)
+    assert sorted(rows) == list(range(len(images)))
+
+
 def test_attacks_on_a_streamed_subset_find_the_same(root: Path, tmp_path: Path, reads: list[str]) -> None:
     frames = []
     for k, images in enumerate(both(root)):

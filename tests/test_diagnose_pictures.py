@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from robeval.core.classifier import Classifier
 from robeval.diagnose.finding import CLEAR, FAILED, Finding
 from robeval.diagnose.methods.attack_path import attack_path
+from robeval.diagnose.methods.curvature_density import curvature_density
 from robeval.diagnose.methods.label_leaking import label_leaking
 from robeval.diagnose.methods.loss_surface import loss_surface
 from robeval.diagnose.methods.perturbation_covariance import by_distance, perturbation_covariance
@@ -104,6 +106,29 @@ def test_a_model_that_reads_the_label_from_the_step_is_found_and_an_honest_one_i
     assert found.result == FAILED and len(found.flagged) > 10
 
 
+def test_the_spectrum_is_that_of_the_whole_hessian(subject: Subject) -> None:
+    """As many products as pixels give every eigenvalue, so the ends and the trace are exact."""
+    found = curvature_density(subject, images=4, starts=1, steps=64).data
+    chosen = subject.correct(4)
+    x, y = chosen.x.double(), chosen.y
+    net = copy.deepcopy(subject.model.module)
+    assert isinstance(net, nn.Module)
+    net.double()
+
+    def loss(one: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(net(one.view_as(x[:1])), label[None])
+
+    for k in range(len(chosen)):
+        hessian = torch.autograd.functional.hessian(lambda one, k=k: loss(one, y[k]), x[k].flatten())
+        values = torch.linalg.eigvalsh(hessian)
+        size = float(values.abs().max())
+        assert found["largest"][k] == pytest.approx(float(values[-1]), abs=1e-6 * size)
+        assert found["least"][k] == pytest.approx(float(values[0]), abs=1e-6 * size)
+        assert found["trace"][k] > 0  # the cross-entropy of a piecewise linear network is convex between kinks
+    grid, heights = torch.tensor(found["eigenvalue"]), torch.tensor(found["density"])
+    assert float(torch.trapezoid(heights, grid)) == pytest.approx(1, abs=0.02)
+
+
 def test_every_kind_draws_what_was_stored(subject: Subject, tmp_path: Path) -> None:
     class Stored:
         folder = tmp_path
@@ -117,10 +142,11 @@ def test_every_kind_draws_what_was_stored(subject: Subject, tmp_path: Path) -> N
     keep("P7", weight_surface(subject, images=5, points=3))
     keep("P8", softmax_path(subject, images=2, points=5))
     keep("P9", perturbation_covariance(subject))
+    keep("P10", curvature_density(subject, images=6, starts=1, steps=6))
     about = {"model": {"name": "net", "fingerprint": "f" * 64}, "data": {"fingerprint": "d" * 64}}
     group = Group("net", "linf", about)
     group.diagnoses.append(Stored())
-    for kind in ("paths", "surface", "weights", "softmax", "covariance"):
+    for kind in ("paths", "surface", "weights", "softmax", "covariance", "density"):
         (picture,) = KINDS[kind]([group])
         assert picture.svg().startswith("<svg") and "style=" not in picture.svg()
         assert len(picture.csv().splitlines()) > 5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robeval.core.errors import UsageError
 from robeval.core.streams import Streams
 from robeval.data.load import load
-from robeval.train.augment import _boxes, augment, augmented, read
+from robeval.train.augment import _boxes, augmented, read
 
 X = torch.rand(60, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 IDS = list(range(100, 160))
@@ -37,10 +37,10 @@ def plain(x: Tensor, rng: Streams, kind: str, pad: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["crop", "crop-flip"])
 def test_the_old_kinds_draw_what_they_always_drew(kind: str) -> None:
-    assert torch.equal(augment(X, streams(), kind), plain(X, streams(), kind, 3))
-    assert torch.equal(augment(X, streams(), f"{kind}:pad=0,width=2"), plain(X, streams(), kind, 2))
+    assert torch.equal(read(kind)(X, streams()), plain(X, streams(), kind, 3))
+    assert torch.equal(read(f"{kind}:pad=0,width=2")(X, streams()), plain(X, streams(), kind, 2))
     small = X[:, :, :8, :8]
-    assert torch.equal(augment(small, streams(), kind), plain(small, streams(), kind, 1))
+    assert torch.equal(read(kind)(small, streams()), plain(small, streams(), kind, 1))
     first = Streams(0, [7, 8, 9, 10], "augment").integers(9, 2).tolist()
     assert first == [[6, 4], [4, 2], [5, 7], [8, 2]], "the streams themselves have changed"
 
@@ -49,25 +49,25 @@ def test_the_old_kinds_draw_what_they_always_drew(kind: str) -> None:
     "text", ["none", "crop", "crop-flip:pad=reflect", "crop-flip:pad=128/255,cutout=6", "resized-crop-flip:scale=0.2"]
 )
 def test_draws_belong_to_image_and_step(text: str) -> None:
-    everyone = augment(X, streams(), text)
+    everyone = read(text)(X, streams())
     rows = [41, 3, 17]
-    assert torch.equal(augment(X[rows], streams([IDS[r] for r in rows]), text), everyone[rows])
+    assert torch.equal(read(text)(X[rows], streams([IDS[r] for r in rows])), everyone[rows])
     assert everyone.shape == X.shape and everyone.is_contiguous()
     assert float(everyone.min()) >= 0 and float(everyone.max()) <= 1
-    assert (text == "none") == torch.equal(augment(X, streams(step=1), text), everyone)
+    assert (text == "none") == torch.equal(read(text)(X, streams(step=1)), everyone)
 
 
 @pytest.mark.parametrize("pad", ["reflect", "0.5", "128/255"])
 def test_padding_changes_the_border_and_not_the_place(pad: str) -> None:
-    zero, other = augment(X, streams(), "crop-flip:width=4"), augment(X, streams(), f"crop-flip:width=4,pad={pad}")
-    ones = augment(torch.ones_like(X), streams(), "crop-flip:width=4")
+    zero, other = read("crop-flip:width=4")(X, streams()), read(f"crop-flip:width=4,pad={pad}")(X, streams())
+    ones = read("crop-flip:width=4")(torch.ones_like(X), streams())
     inside = ones == 1
     assert 0.5 < float(inside.float().mean()) < 1
     assert torch.equal(zero[inside], other[inside])
     if pad == "reflect":
         ramp = torch.arange(24.0).expand(60, 1, 16, 24) / 24
         around = nn.functional.pad(ramp, (4, 4, 4, 4), mode="reflect")
-        crops = augment(ramp, streams(), "crop:width=4,pad=reflect")
+        crops = read("crop:width=4,pad=reflect")(ramp, streams())
         corners = streams().integers(9, 2).tolist()
         assert all(
             torch.equal(c, around[0, :, a : a + 16, b : b + 24]) for c, (a, b) in zip(crops, corners, strict=True)
@@ -78,7 +78,7 @@ def test_padding_changes_the_border_and_not_the_place(pad: str) -> None:
 
 def test_cutout_fills_a_square_with_its_own_mean() -> None:
     x = X[:, :, :, :16]
-    found = augment(x, streams(), "none:cutout=6")
+    found = read("none:cutout=6")(x, streams())
     sizes = set()
     for before, after in zip(x, found, strict=True):
         changed = (before != after).any(0)
@@ -97,7 +97,7 @@ def test_cutout_fills_a_square_with_its_own_mean() -> None:
 
 
 def test_cutout_comes_after_the_crop_and_shares_its_draws() -> None:
-    crop, both = (augment(X, streams(), f"crop-flip{tail}") for tail in ("", ":cutout=4"))
+    crop, both = (read(f"crop-flip{tail}")(X, streams()) for tail in ("", ":cutout=4"))
     kept = (crop == both).float().mean((1, 2, 3))
     assert float(kept.min()) > 0.958 and float(kept.mean()) < 1
 
@@ -120,11 +120,11 @@ def test_a_resized_crop_of_everything_is_the_image() -> None:
     square = X[:, :, :, :16].contiguous()
     boxes = _boxes(streams(), 1.0, torch.tensor([[16, 16]] * 60))
     whole = (boxes == torch.tensor([0, 0, 16, 16])).all(1)
-    found = augment(square, streams(), "resized-crop:scale=1")
+    found = read("resized-crop:scale=1")(square, streams())
     torch.testing.assert_close(found[whole], square[whole])
     assert whole.any()
     flat = torch.full((60, 1, 16, 16), 0.3)
-    torch.testing.assert_close(augment(flat, streams(), "resized-crop-flip"), flat)
+    torch.testing.assert_close(read("resized-crop-flip")(flat, streams()), flat)
 
 
 def test_streamed_images_are_cropped_in_their_files(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_streamed_images_are_cropped_in_their_files(tmp_path: Path) -> None:
     flips = augmented(images.x, rows, streams(ids), "resized-crop-flip:scale=0.1")
     assert all(torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(flips, found, strict=True))
     centre = augmented(images.x, rows, streams(ids), "crop-flip")
-    assert torch.equal(centre, augment(images.x[rows], streams(ids), "crop-flip"))
+    assert torch.equal(centre, read("crop-flip")(images.x[rows], streams(ids)))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -174,4 +174,4 @@ def test_what_is_refused(text: str, words: str) -> None:
 
 def test_a_reflection_cannot_be_wider_than_the_image() -> None:
     with pytest.raises(UsageError, match="narrower than 16"):
-        augment(X, streams(), "crop:pad=reflect,width=16")
+        read("crop:pad=reflect,width=16")(X, streams())

@@ -10,7 +10,7 @@ from torch import nn
 
 from robeval.core.errors import UsageError
 from robeval.core.streams import Streams
-from robeval.train.augment import augment
+from robeval.train.augment import read
 from robeval.train.initial import data_normalisation, seeded
 from robeval.train.recipe import Recipe
 from robeval.train.schedules import schedule
@@ -43,12 +43,12 @@ def test_a_recipe_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
 
 def test_augmentation_belongs_to_the_image() -> None:
     x = torch.rand(40, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 0.1
-    draw = lambda rows: augment(x[rows], Streams(0, rows, "augment"), "crop-flip")
+    draw = lambda rows: read("crop-flip")(x[rows], Streams(0, rows, "augment"))
     everyone = draw(list(range(40)))
     assert torch.equal(draw([7, 3]), everyone[[7, 3]])
     assert everyone.shape == x.shape
-    assert torch.equal(augment(x, Streams(0, range(40), "a"), "none"), x)
-    crops = augment(x, Streams(0, range(40), "augment"), "crop")
+    assert torch.equal(read("none")(x, Streams(0, range(40), "a")), x)
+    crops = read("crop")(x, Streams(0, range(40), "augment"))
     padded = nn.functional.pad(x, (1, 1, 1, 1))
     for i in range(40):
         assert any(torch.equal(crops[i], padded[i, :, r : r + 8, c : c + 8]) for r in range(3) for c in range(3))

@@ -13,20 +13,23 @@ from robeval.core.errors import FileRefused, UsageError, unknown
 
 EXAMPLES = (
     "**Examples**\n\n    robeval compare runs/attack-adv-1f2e3d4c runs/attack-soar-5a6b7c8d\n\n"
-    "    robeval compare RUN_A RUN_B --table images --format csv --out images.csv"
+    "    robeval compare RUN_A RUN_B --table images --format csv --out images.csv\n\n"
+    "    robeval compare RUN_A RUN_B RUN_C"
 )
 #: Rows of the table of images that a screen shows before it says how to see the rest.
 SHOWN = 20
 
 
 def compare(
-    run_a: Annotated[str, typer.Argument(help="An attack run, A.", metavar="RUN_A")],
-    run_b: Annotated[str, typer.Argument(help="Another one over the same images, B.", metavar="RUN_B")],
+    runs: Annotated[list[str], typer.Argument(help="Two attack runs or more, over the same images.", metavar="RUNS")],
     form: Annotated[
         str, typer.Option("--format", help="terminal, markdown, latex, csv or json.", rich_help_panel=OUTPUT)
     ] = "terminal",
     which: Annotated[
-        str, typer.Option("--table", help="agreement, images, runs or all.", rich_help_panel=OUTPUT)
+        str,
+        typer.Option(
+            "--table", help="agreement, images, runs or all; for more than two runs pairs.", rich_help_panel=OUTPUT
+        ),
     ] = "all",
     ci: Annotated[
         str, typer.Option("--ci", help="Intervals in LaTeX: bracket, pm or none.", rich_help_panel=OUTPUT)
@@ -35,20 +38,25 @@ def compare(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare two attack runs image by image, with a paired test."""
+    """Compare two attack runs image by image, or several pair by pair, with paired tests."""
     set_quiet(quiet or json)
     from robeval.reports.compare import Comparison
+    from robeval.reports.pairs import LETTERS, Pairs
     from robeval.reports.writers import write
     from robeval.store.files import cannot_write, write_whole
 
-    comparison = Comparison(_one(run_a), _one(run_b))
-    tables = comparison.tables()
+    if not 2 <= len(runs) <= len(LETTERS):
+        raise UsageError(f"a comparison takes 2 to {len(LETTERS)} runs, got {len(runs)}", code="T03")
+    stores = [_one(run) for run in runs]
+    tables = (Comparison(*stores) if len(stores) == 2 else Pairs(stores)).tables()
     if which not in ("all", *tables):
         raise unknown("table", which, ["all", *tables])
     chosen = tables if which == "all" else {which: tables[which]}
     form = "json" if json else form
     if form == "csv" and len(chosen) != 1:
-        raise UsageError(f"csv takes one table, these are {len(chosen)}", code="T03", do="--table agreement")
+        raise UsageError(
+            f"csv takes one table, these are {len(chosen)}", code="T03", do=f"--table {next(iter(chosen))}"
+        )
     if form == "json":
         document = {name: table.to_json() for name, table in chosen.items()}
         if not out:
@@ -58,11 +66,11 @@ def compare(
 
         text = dumps(document, indent=2) + "\n"
     else:
-        if form == "terminal" and which == "all":
+        if form == "terminal" and which == "all" and "images" in chosen:
             _shorten(chosen["images"])
         texts = [write(t, form, ci) for name, t in chosen.items() if t.rows or name != "images" or len(chosen) == 1]
         text = "\n".join(texts)
-    for store in (comparison.a.store, comparison.b.store):
+    for store in stores:
         for warning in store.warnings:
             note(warning)
     if out:
@@ -82,9 +90,10 @@ def _one(path: str) -> Any:
         FileRefused: none there.
         UsageError: several.
     """
+    from robeval.reports.diagnoses import is_counterexamples
     from robeval.store.find import runs as find_runs
 
-    stores = [s for s in find_runs(path) if s.manifest()["kind"] == "attack"]
+    stores = [s for s in find_runs(path) if s.manifest()["kind"] == "attack" and not is_counterexamples(s.manifest())]
     if not stores:
         raise FileRefused(f"no attack run in {path}", code="R05", do="give a folder that robeval attack made")
     if len(stores) > 1:

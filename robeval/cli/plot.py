@@ -11,12 +11,13 @@ from robeval.cli.common import OUTPUT, Json, Quiet, note, print_json, set_quiet
 from robeval.core.errors import FileRefused
 
 KINDS = (
-    "accuracy, waterfall, bracket, certified, distances, passes, paths, softmax, surface, weights, covariance, gallery"
+    "accuracy, waterfall, bracket, certified, distances, passes, paths, softmax, surface, weights, covariance, "
+    "density, gallery"
 )
 EXAMPLES = (
     "**Examples**\n\n    robeval plot runs --kind bracket\n\n"
     "    robeval plot runs --kind surface --kind softmax --out figures\n\n"
-    "paths, softmax, surface, weights and covariance need robeval diagnose --level full."
+    "paths, softmax, surface, weights, covariance and density need robeval diagnose --level full."
 )
 
 

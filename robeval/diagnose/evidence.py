@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from robeval.core.catalogue import find, parse
+from robeval.core.catalogue import find
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken, RobevalError
 from robeval.core.images import Images
@@ -115,8 +115,3 @@ def whole_box(norm: str, size: int) -> float:
 def one_step(loss: str = "ce") -> str:
     """One step of the length eps from the image itself, in any norm: FGSM in linf."""
     return f"pgd:steps=1,relative_step=1,random_start=false,loss={loss}"
-
-
-def steps_of(text: str) -> int:
-    """The setting ``steps`` of an attack as it is written."""
-    return int(parse("attacks", text).settings["steps"])

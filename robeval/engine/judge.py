@@ -60,7 +60,6 @@ class Judge:
         self.margin = torch.full((n,), math.inf, dtype=torch.float64, device=device)
         self.distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)
         self.best = images.x.clone() if self.minimal else None
-        self.rejected = 0
 
     def charge(self, rows: Tensor, backwards: int) -> None:
         """Count one asked row after another: a forward pass, and so many backward passes."""
@@ -144,8 +143,6 @@ class Judge:
             if verdicts.adversarial[k]:
                 self.attempt[position], self.first_success[position] = attempts[k], first[k]
                 yield self._close(position, points[k], verdicts, k)
-            else:
-                self.rejected += 1
 
     def _close(
         self,

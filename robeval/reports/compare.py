@@ -11,63 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from robeval.core.errors import UsageError
 from robeval.core.numbers import pretty
+from robeval.reports.diagnoses import Diagnosed, beside
 from robeval.reports.frames import ABS, REL, AttackFacts
-from robeval.reports.stats import Rate, wilson
+from robeval.reports.paired import holm, mcnemar, newcombe
+from robeval.reports.stats import Rate
 from robeval.reports.tables import Cell, Table, provenance
+from robeval.reports.verdict import UNDIAGNOSED
 from robeval.store.runstore import RunStore
 
 #: Fewer differing images than this cannot reach p < 0.05, whatever they say.
 FEWEST = 6
-
-
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test: how surprising is this split of the images that differ, were it a coin's?"""
-    n = only_a + only_b
-    return float(binomtest(min(only_a, only_b), n, 0.5).pvalue) if n else 1.0
-
-
-def newcombe(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
-    """95 % interval for the difference of two paired proportions (Newcombe 1998, Statistics in Medicine 17, method 10).
-
-    The Wilson intervals of both proportions, combined with their correlation phi (corrected for continuity).
-
-    Args:
-        both: Images that count for A and for B.
-        only_a: For A alone.
-        only_b: For B alone.
-        neither: For neither.
-
-    Returns:
-        Ends of the interval of p_A - p_B, where p_A = (both + only_a) / n.
-    """
-    n = both + only_a + only_b + neither
-    if n == 0:
-        return -1.0, 1.0
-    k_a, k_b = both + only_a, both + only_b
-    p_a, p_b = k_a / n, k_b / n
-    (low_a, high_a), (low_b, high_b) = wilson(k_a, n), wilson(k_b, n)
-    spread = k_a * (n - k_a) * k_b * (n - k_b)
-    cross = both * neither - only_a * only_b
-    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(spread) if spread else 0.0
-
-    def combined(u: float, v: float) -> float:
-        return math.sqrt(max(u * u - 2 * phi * u * v + v * v, 0.0))
-
-    difference = p_a - p_b
-    return difference - combined(p_a - low_a, high_b - p_b), difference + combined(high_a - p_a, p_b - low_b)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number by Holm's step-down (1979), in the order given."""
-    adjusted, largest = [0.0] * len(p), 0.0
-    for rank, k in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[k]))
-        adjusted[k] = largest
-    return adjusted
 
 
 @dataclass(frozen=True)
@@ -114,16 +70,40 @@ class Agreement:
 
 def agreement(a: AttackFacts, b: AttackFacts, eps: float) -> Agreement:
     """Sort the images by who broke them at this radius."""
-    (stands_a, known_a), (stands_b, known_b) = _standing(a, eps), _standing(b, eps)
+    (stands_a, known_a), (stands_b, known_b) = standing(a, eps), standing(b, eps)
     ids = sorted(known_a & known_b)
     cells: dict[tuple[bool, bool], list[int]] = {(x, y): [] for x in (True, False) for y in (True, False)}
     for i in ids:
         cells[bool(stands_a[i]), bool(stands_b[i])].append(i)
-    unknown = max(a.planned, b.planned) - len(ids)
+    shared = a.ids & b.ids
+    unknown = len(shared) - len(ids)
     return Agreement(eps, cells[False, False], cells[False, True], cells[True, False], cells[True, True], unknown)
 
 
-def _standing(f: AttackFacts, eps: float) -> tuple[pd.Series, set[int]]:
+def _same_images(a: AttackFacts, b: AttackFacts) -> int:
+    """How many images only one of two runs was made for.
+
+    Raises:
+        UsageError: none is in both, or an image is not the same in both (T04).
+    """
+    data_a, data_b = a.manifest["data"], b.manifest["data"]
+    if data_a["fingerprint"] == data_b["fingerprint"]:
+        return 0
+    shared = a.ids & b.ids
+    seen = list(a.clean.index.intersection(b.clean.index))
+    differ = bool((a.clean.loc[seen, "label"] != b.clean.loc[seen, "label"]).any())
+    if data_a["name"] != data_b["name"] or not shared or differ:
+        names = [f"{d['name']} {d.get('subset') or 'all images'}" for d in (data_a, data_b)]
+        raise UsageError(
+            f"the runs are not over the same images: {names[0]} and {names[1]}",
+            code="T04",
+            where=f"sha256 {data_a['fingerprint'][:12]} and {data_b['fingerprint'][:12]}",
+            do="run both with the same --data, --split and --images",
+        )
+    return len(a.ids ^ b.ids)
+
+
+def standing(f: AttackFacts, eps: float) -> tuple[pd.Series, set[int]]:
     """Per image: does it stand; and the images of which that is known."""
     standing = f.standing(eps)
     failed = f.attacks[(f.attacks["error"] != "") & (f.attacks["eps"] >= eps)]["index"]
@@ -134,25 +114,24 @@ def _standing(f: AttackFacts, eps: float) -> tuple[pd.Series, set[int]]:
 class Comparison:
     """Two runs that can be compared.
 
+    Two models are compared with what their diagnoses say and broke; two runs on one model by their own attacks alone.
+
     Args:
         a: An attack run.
-        b: Another one over the same images in the same norm.
+        b: Another one over some of the same images in the same norm.
 
     Raises:
-        UsageError: other images (T04), another norm (T01), or no radius in common (T05).
+        UsageError: no image in common (T04), another norm (T01), or no radius in common (T05).
     """
 
     def __init__(self, a: RunStore, b: RunStore):
-        self.a, self.b = AttackFacts(a), AttackFacts(b)
-        data_a, data_b = self.a.manifest["data"], self.b.manifest["data"]
-        if data_a["fingerprint"] != data_b["fingerprint"]:
-            names = [f"{d['name']} {d.get('subset') or 'all images'}" for d in (data_a, data_b)]
-            raise UsageError(
-                f"the runs are not over the same images: {names[0]} and {names[1]}",
-                code="T04",
-                where=f"sha256 {data_a['fingerprint'][:12]} and {data_b['fingerprint'][:12]}",
-                do="run both with the same --data, --split and --images",
-            )
+        models = [store.manifest()["model"]["fingerprint"] for store in (a, b)]
+        self.same_model = models[0] == models[1]  # the runs differ in the attack, not in the model
+        self.sides: tuple[Diagnosed, Diagnosed] = (
+            beside(a, lowered=not self.same_model), beside(b, lowered=not self.same_model)
+        )  # fmt: skip
+        self.a, self.b = (side.facts for side in self.sides)
+        self.dropped = _same_images(self.a, self.b)
         if self.a.norm != self.b.norm:
             raise UsageError(
                 f"rows of different threat models cannot share a column: {self.a.norm}, {self.b.norm}", code="T01"
@@ -160,9 +139,9 @@ class Comparison:
         self.agreements = [agreement(self.a, self.b, eps) for eps in self._common_radii()]
 
     @property
-    def same_model(self) -> bool:
-        """The runs differ in the attack, not in the model."""
-        return bool(self.a.manifest["model"]["fingerprint"] == self.b.manifest["model"]["fingerprint"])
+    def tested(self) -> bool:
+        """A p-value has a meaning: attacks on one model, or two models whose diagnoses found no failure."""
+        return self.same_model or all(side.comparable for side in self.sides)
 
     def _common_radii(self) -> list[float]:
         """A run that searched nearest images alone has an answer at every radius."""
@@ -192,20 +171,25 @@ class Comparison:
         return f"Two models in {self.a.norm}: A {a}, B {b}"
 
     def _agreement_table(self) -> Table:
-        adjusted = holm([x.p for x in self.agreements])
+        adjusted: Sequence[Cell] = (
+            holm([x.p for x in self.agreements]) if self.tested else ["withheld"] * len(self.agreements)
+        )
         rows: list[dict[str, Cell]] = []
         for x, p_holm in zip(self.agreements, adjusted, strict=True):
             (robust_a, robust_b), (low, high) = x.robust, x.interval
             row: dict[str, Cell] = {"eps": pretty(x.eps), "A robust <=": robust_a, "B robust <=": robust_b}
             row |= {"A - B": robust_a.value - robust_b.value, "low": low, "high": high}
             row |= {"both broken": len(x.both), "only A": len(x.only_a), "only B": len(x.only_b)}
-            row |= {"neither": len(x.neither), "p": x.p}
+            row |= {"neither": len(x.neither), "p": x.p if self.tested else "withheld"}
             rows.append(row | ({"p (Holm)": p_holm} if len(adjusted) > 1 else {}))
         columns = list(rows[0]) if rows else ["eps"]
         notes = [
             "A - B: difference of robust accuracies with Newcombe's paired 95 % interval; p: McNemar's exact test",
             "both compare upper bounds under these attacks: a model that hides its gradients can win unfairly",
         ]
+        notes += [] if self.same_model else diagnoses_of("AB", self.sides)
+        if self.dropped:
+            notes.append(f"{self.dropped} images that only one of the runs has are left out")
         if not rows:
             notes = ["neither run has a radius; the distances are in the table of the runs"]
         if not self.same_model and self.a.labels != self.b.labels:
@@ -254,6 +238,18 @@ class Comparison:
             "its distance over the other's"
         ]
         return Table("Distances and costs", list(rows[0]), rows, notes)
+
+
+def diagnoses_of(names: Sequence[str], sides: Sequence[Diagnosed]) -> list[str]:
+    """What the diagnoses of compared models say, and that p is withheld where one of them says no good."""
+    said = [
+        f"{name} {UNDIAGNOSED if (end := d.verdict()) is None else end.short}"
+        for name, d in zip(names, sides, strict=True)
+    ]
+    notes = ["diagnostics: " + "; ".join(said)]
+    if not all(d.comparable for d in sides):
+        notes.append("p is withheld: it needs a diagnosis without a failure on every side (robeval diagnose MODEL)")
+    return notes
 
 
 def _attacks(f: AttackFacts) -> str:

@@ -13,6 +13,7 @@ from robeval.core.records import COUNTEREXAMPLES
 from robeval.reports.frames import AttackFacts
 from robeval.reports.stats import Rate
 from robeval.reports.verdict import UNDIAGNOSED, Verdict, headline, verdict_of
+from robeval.store.find import neighbours
 from robeval.store.runstore import RunStore
 
 LEVELS = ("quick", "standard", "full")
@@ -35,6 +36,12 @@ class Diagnosed:
         """The verdict, recomputed from the rows; none without a diagnosis."""
         lost = max((self.facts.not_evaluated(eps) for eps in self.facts.radii), default=0)
         return verdict_of(self.diagnosis, lost) if self.diagnosis else None
+
+    @property
+    def comparable(self) -> bool:
+        """A diagnosis found no failure, so that a paired test against another such model has a meaning."""
+        end = self.verdict()
+        return end is not None and end.comparable
 
     def said(self, eps: float) -> str:
         """The verdict in a few words, for the number at this radius."""
@@ -94,6 +101,22 @@ def diagnosed(stores: Iterable[RunStore]) -> list[Diagnosed]:
         more = [s for s in extra if _about(s.manifest()) == about and s is not store]
         found.append(Diagnosed(AttackFacts(store, more, _struck(mine)), max(mine, key=_rank, default=None)))
     return found
+
+
+def beside(store: RunStore, *, lowered: bool = True) -> Diagnosed:
+    """An attack run with what was diagnosed in the same folder of runs.
+
+    Args:
+        store: The run.
+        lowered: Images that diagnostics broke count as broken; otherwise the run's own attacks speak alone.
+    """
+    about = _about(store.manifest())
+    others = [
+        s for s in neighbours(store)
+        if _about(s.manifest()) == about
+        and (s.manifest()["kind"] == "diagnose" or (lowered and is_counterexamples(s.manifest())))
+    ]  # fmt: skip
+    return diagnosed([store, *others])[0]
 
 
 def _rank(store: RunStore) -> tuple[int, str]:

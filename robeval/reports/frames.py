@@ -73,6 +73,11 @@ class AttackFacts:
         self.radii: list[float] = list(self.manifest["threat"]["eps"])
 
     @property
+    def ids(self) -> set[int]:
+        """Ids of the images that the run was made for."""
+        return set(self.manifest["data"].get("ids") or self.clean.index)
+
+    @property
     def complete(self) -> bool:
         """Every image has been decided by every attack that had to see it."""
         if len(self.clean) < self.planned:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robeval.core.errors import FileRefused
+from robeval.core.errors import FileRefused, RobevalError
 from robeval.store.runstore import RunStore
 
 
@@ -26,3 +26,15 @@ def runs(path: str | Path, *, check_examples: bool = False) -> list[RunStore]:
             do="robeval attack MODEL",
         )
     return [RunStore.open(p, check_examples=check_examples) for p in found]
+
+
+def neighbours(store: RunStore) -> list[RunStore]:
+    """The other runs in the folder of this one; a run that cannot be read is left out."""
+    found = []
+    for path in sorted(store.folder.resolve().parent.glob("*/manifest.json")):
+        if path.parent != store.folder.resolve():
+            try:
+                found.append(RunStore.open(path.parent))
+            except RobevalError:
+                continue  # nobody asked for it
+    return found

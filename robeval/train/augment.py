@@ -86,22 +86,17 @@ def read(text: str) -> Augmentation:
     return Augmentation(kind, grey, width, values.get("scale", found.scale), int(values.get("cutout", 0)))
 
 
-def augment(x: Tensor, rng: Streams, text: str) -> Tensor:
-    """Crop, mirror and cut out as a text such as ``crop-flip:pad=reflect`` says. Shapes: (n, C, H, W) -> same.
+def augmented(x: Tensor, rows: Tensor, rng: Streams, text: str) -> Tensor:
+    """The chosen rows, augmented; of streamed images a resized crop takes its part of the file's full image.
 
     Args:
         x: Images in [0, 1].
-        rng: One stream per image.
-        text: See `read`.
+        rows: Which of them.
+        rng: One stream per chosen image.
+        text: See :func:`read`.
 
     Raises:
-        UsageError: see `read`; a padding wider than a reflection can be (A04).
-    """
-    return read(text)(x, rng)
-
-
-def augmented(x: Tensor, rows: Tensor, rng: Streams, text: str) -> Tensor:
-    """The chosen rows, augmented; of streamed images a resized crop takes its part of the file's full image.
+        UsageError: see :func:`read`; a padding wider than a reflection can be (A04).
 
     Shapes: x (N, C, H, W), rows (n,) -> (n, C, H, W).
     """

@@ -12,6 +12,7 @@ from robeval.reports.plots.bracket import bracket
 from robeval.reports.plots.certified import certified
 from robeval.reports.plots.covariance import covariance
 from robeval.reports.plots.curves import accuracy
+from robeval.reports.plots.density import density
 from robeval.reports.plots.distances import distances, passes
 from robeval.reports.plots.paths import paths, softmax
 from robeval.reports.plots.surfaces import surface, weights
@@ -30,6 +31,7 @@ KINDS: dict[str, Paint] = {
     "surface": surface,
     "weights": weights,
     "covariance": covariance,
+    "density": density,
 }
 #: Those that stand in the section of a model, in their order.
 PAGE = tuple(kind for kind in KINDS if kind != "accuracy")
