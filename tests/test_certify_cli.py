@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from robeval.cli.app import main
 from robeval.store.runstore import RunStore
+from tests.command import here as robeval
 from tests.problems import trained
-
-
-def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
-    """Run a command in this process, in a folder. -> exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["robeval", *words])
-        patch.setenv("COLUMNS", "160")
-        try:
-            main()
-        except SystemExit as end:
-            return int(end.code or 0), out.getvalue(), err.getvalue()
-    return 0, out.getvalue(), err.getvalue()
 
 
 def train(path: Path, act: str) -> None:

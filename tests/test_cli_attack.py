@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 from robeval.models.build import build
 from robeval.models.checkpoint import save
 from robeval.store.runstore import RunStore
+from tests.command import here, robeval, start
 from tests.problems import trained
 
 COMPARED = [
@@ -26,19 +24,6 @@ COMPARED = [
     "survives_8bit",
 ]  # fmt: skip
 ATTACKS = ["--attack", "pgd:steps=5,restarts=3", "--attack", "deepfool:steps=5", "--attack", "square:queries=20"]
-
-
-def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
-    run = [sys.executable, "-c", "from robeval.cli.app import main; main()", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
-
-
-def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
-    process = start(*words, cwd=cwd)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +39,7 @@ def rows(folder: Path) -> pd.DataFrame:
 
 
 def attack(model: Path, cwd: Path, *more: str) -> pd.DataFrame:
-    code, _, err = robeval(
+    code, _, err = here(
         "attack", str(model), "--no-diagnose", *ATTACKS, "--eps", "1/16,2/16", "--images", "16", "-q", *more, cwd=cwd
     )
     assert code == 0, err
@@ -141,15 +126,15 @@ def test_a_stop_saves_what_was_decided(model: Path, tmp_path: Path, number: sign
 
 def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> None:
     words = ("attack", str(model), "--no-diagnose", "--suite", "quick", "--eps", "1/16", "--images", "30", "--json")
-    code, out, err = robeval(*words, cwd=tmp_path)
+    code, out, err = here(*words, cwd=tmp_path)
     assert (code, err) == (0, "")
     document = json.loads(out)
-    again = json.loads(robeval(*words, cwd=tmp_path)[1])  # resumed: nothing to do, the same numbers
+    again = json.loads(here(*words, cwd=tmp_path)[1])  # resumed: nothing to do, the same numbers
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in document.items() if k != "seconds"}
-    code, out, _ = robeval("verify", "runs", "--json", cwd=tmp_path)
+    code, out, _ = here("verify", "runs", "--json", cwd=tmp_path)
     assert code == 0
     assert json.loads(out)[0]["confirmed"] == document["verified"] > 0
-    code, out, _ = robeval("cite", "runs", cwd=tmp_path)
+    code, out, _ = here("cite", "runs", cwd=tmp_path)
     assert code == 0
     assert "arXiv:2003.01690" in out
 
@@ -157,7 +142,7 @@ def test_json_is_one_document_and_verify_agrees(model: Path, tmp_path: Path) -> 
 def test_verify_catches_a_forged_image(model: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
-    robeval(
+    here(
         "attack", str(model), "--no-diagnose", "--attack", "pgd", "--eps", "2/16", "--images", "30", "-q", cwd=tmp_path
     )
     (folder,) = (tmp_path / "runs").iterdir()
@@ -167,13 +152,13 @@ def test_verify_catches_a_forged_image(model: Path, tmp_path: Path) -> None:
     for part in folder.glob("examples/*.safetensors"):
         tensors = {k: v * 0 for k, v in load_file(part).items()}
         save_file(tensors, part)
-    code, _, err = robeval("verify", "runs", cwd=tmp_path)
+    code, _, err = here("verify", "runs", cwd=tmp_path)
     assert code != 0
     assert "robeval: error" in err or "fails its checksum" in err
 
 
 def test_each_attacks_every_correct_image(model: Path, tmp_path: Path) -> None:
-    code, _, _ = robeval(
+    code, _, _ = here(
         "attack",
         str(model),
         "--no-diagnose",
@@ -195,13 +180,13 @@ def test_each_attacks_every_correct_image(model: Path, tmp_path: Path) -> None:
 
 def test_a_gate_fails_with_exit_7(model: Path, tmp_path: Path) -> None:
     words = ["attack", str(model), "--no-diagnose", "--attack", "pgd", "--eps", "4/16", "--images", "30", "-q"]
-    code, _, err = robeval(*words, "--fail-under", "0.99", cwd=tmp_path)
+    code, _, err = here(*words, "--fail-under", "0.99", cwd=tmp_path)
     assert (code, err.splitlines()[0][:23]) == (7, "robeval: error[G01] rob")
-    assert robeval(*words, "--fail-under", "0.0", cwd=tmp_path)[0] == 0
+    assert here(*words, "--fail-under", "0.0", cwd=tmp_path)[0] == 0
 
 
 def test_a_mistyped_command_is_told_the_closest(tmp_path: Path) -> None:
-    code, out, err = robeval("certfy", cwd=tmp_path)
+    code, out, err = here("certfy", cwd=tmp_path)
     assert (code, out) == (2, "")
     assert 'error[A04] unknown command "certfy"; did you mean certify' in err
 
@@ -249,7 +234,7 @@ def test_bad_input(model: Path, tmp_path: Path, words: list[str], exit_code: int
     np.savez(tmp_path / "bright.npz", x=bright, y=np.zeros(4, np.int64))
     before = sorted(tmp_path.rglob("*"))
     words = [str(model) if w == "MODEL" else w for w in words]
-    got, out, err = robeval("attack", *words, cwd=tmp_path)
+    got, out, err = here("attack", *words, cwd=tmp_path)
     assert got == exit_code, err
     assert says in err
     assert f"error[{code}" in err

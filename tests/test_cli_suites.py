@@ -15,8 +15,8 @@ from robeval.data.load import load
 from robeval.models.build import build
 from robeval.models.checkpoint import save
 from robeval.store.runstore import RunStore
+from tests.command import here as robeval
 from tests.problems import trained
-from tests.test_cli_attack import robeval
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from robeval.reports.verdict import FOOT
+from tests.command import here as robeval
 from tests.problems import trained
-from tests.test_cli_attack import robeval
 
 ATTACK = ("--attack", "pgd:steps=3", "--eps", "2/16", "--images", "24")
 

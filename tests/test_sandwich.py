@@ -22,7 +22,7 @@ from robeval.reports.tables import models_table
 from robeval.reports.writers import latex
 from robeval.store.manifest import new_manifest
 from robeval.store.runstore import RunStore
-from tests.test_certify_cli import robeval
+from tests.command import here as robeval
 from tests.test_reports_tables import clean, hit, run
 
 PROOF = Certificate(

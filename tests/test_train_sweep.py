@@ -21,7 +21,7 @@ from robeval.core.images import Images
 from robeval.data.load import load as load_images
 from robeval.train.fit import FitResult
 from robeval.train.job import run_job
-from tests.test_cli_attack import robeval, start
+from tests.command import robeval, start
 
 GRID = ["--epochs", "1", "--batch-size", "80", "--eps", "2/16"]
 
