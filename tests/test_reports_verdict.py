@@ -93,7 +93,8 @@ def test_the_headline_carries_all_that_it_rests_on() -> None:
 def test_every_report_ends_with_what_it_cannot_show(told: tuple[tuple[str, str, str], ...]) -> None:
     frame = rows(*told, ("G7", "not run", "level full")) if told[0][0] != "D1" else rows(*told)
     end = verdict(frame, "quick")
-    text = lines(frame, "quick", end)
+    text = lines(frame, "quick", end, 360)
     assert FOOT in text
     assert end.text in text
     assert text[0].startswith("Diagnostics (quick, 100 images, ")
+    assert lines(frame, "quick", end, 60)[0].startswith("Diagnostics (quick, 60 images, ")  # stored ones may be more

@@ -114,7 +114,7 @@ def tell(diagnosis: RunStore, runs: list[Diagnosed], headlines: list[str]) -> di
     rows, level = ordered(diagnosis), str(diagnosis.manifest()["settings"]["level"])
     lost = max((d.facts.not_evaluated(eps) for d in runs for eps in d.facts.radii), default=0)
     end = verdict_of(diagnosis, lost)
-    text = [*headlines, "", *lines(rows, level, end)]
+    text = [*headlines, "", *lines(rows, level, end, int(diagnosis.manifest()["data"]["images"]))]
     return {"lines": text} | document(rows, level, end, headlines) | {"folder": str(diagnosis.folder)}
 
 

@@ -157,13 +157,19 @@ def ordered(store: RunStore) -> pd.DataFrame:
     return frame.iloc[frame["id"].map(place).argsort()].reset_index(drop=True)
 
 
-def lines(rows: pd.DataFrame, level: str, end: Verdict) -> list[str]:
+def lines(rows: pd.DataFrame, level: str, end: Verdict, chosen: int) -> list[str]:
     """The diagnosis for a screen: a line per test, the verdict, what to do, and the foot.
 
     Tests of a higher level share one line.
+
+    Args:
+        rows: As for :func:`verdict`.
+        level: Level of the diagnosis.
+        end: The verdict over these rows.
+        chosen: Images that the diagnosis was made for; a test may count stored images of several attacks besides.
     """
     forwards, backwards = int(rows["forwards"].sum()), int(rows["backwards"].sum())
-    images = int(rows["n_images"].max()) if len(rows) else 0
+    images = min(int(rows["n_images"].max()), chosen) if len(rows) else 0
     cost = f"{_thousands(forwards)} forwards, {_thousands(backwards)} backwards, {rows['seconds'].sum():.0f} s"
     out = [f"Diagnostics ({level}, {images} images, {cost})"]
     rows = rows[(rows["group"] != PICTURES) | (rows["result"] != NOT_RUN)]
