@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "presets"
 #: Radius and warm-up epochs of adversarial weight perturbation, from its authors' code; others get the last entry.
 AWP = {"adv": ("0.01", "0"), "trades": ("0.005", "10"), "rat": ("0.005", "10"), "": ("0.005", "0")}
 #: What --tiny makes of any training: seconds on one core.
-TINY = {"data": "digits", "model": "digits_cnn", "epochs": "2", "hold_out": "100"}
+TINY = {"data": "digits", "model": "digits_cnn", "weights": "he", "epochs": "2", "hold_out": "100"}
 
 
 @dataclass(frozen=True)
