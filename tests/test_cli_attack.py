@@ -15,7 +15,7 @@ import torch
 from robeval.models.build import build
 from robeval.models.checkpoint import save
 from robeval.store.runstore import RunStore
-from tests.command import here, robeval, start
+from tests.command import here, start
 from tests.problems import trained
 
 COMPARED = [

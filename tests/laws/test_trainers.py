@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from robeval.core.streams import Streams
 from robeval.train.memory import Memory
 from robeval.train.passes import counting
 from robeval.train.step import accuracy, fill_gradients, objectives
+from tests.test_train_fit import Stop, go, network, same, stop_at
 
 TRAINERS = catalogue.methods("trainers")
 EPS = 0.05
@@ -165,6 +167,19 @@ def test_every_step_costs_at_least_one_pass_each_way(name: str, norm: str) -> No
     assert passes.forward >= len(x)
     assert passes.backward >= len(x)
     assert passes.forward % len(x) == passes.backward % len(x) == 0
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_training_stopped_inside_an_epoch_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    spec = catalogue.parse("trainers", name)
+    more = {k: v for k, v in FASTER.get(name, {}).items() if k in spec.settings}
+    text = name + "".join(f"{',' if k else ':'}{key}={value}" for k, (key, value) in enumerate(more.items()))
+    _, whole = go(tmp_path / "whole", text, module=network())
+    with pytest.raises(Stop):
+        go(tmp_path / "parts", text, module=network(), save_steps=1, on_progress=stop_at(6))  # of 3 x 4
+    result, parts = go(tmp_path / "parts", text, module=network(), save_steps=1)
+    assert result.resumed == "yes"
+    assert same(parts, whole)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
