@@ -30,5 +30,5 @@ def test_kept_memory_costs_no_page_faults() -> None:
         if done.returncode == 77:
             pytest.skip("this C library is not glibc: the setting does nothing here")
         faults[how] = int(done.stdout)
-    assert faults["keep"] <= 512  # of 50 rounds of 41 buffers of 256 pages each, at most two are fresh
-    assert faults["keep"] <= faults["default"]
+    assert faults["keep"] < 2560  # 50 rounds of 41 buffers of 256 pages each: a few at most are fresh
+    assert faults["keep"] < faults["default"]
