@@ -179,6 +179,21 @@ def test_the_verdict_stands_on_top_with_what_to_do(
         assert banned not in text.split('id="provenance"')[0].split("<main>")[1], banned
 
 
+def test_the_table_below_says_what_the_headline_above_says(plain: None, tmp_path: Path) -> None:
+    """What a diagnostic broke counts in both, and both know the diagnosis."""
+    attacked(tmp_path)  # 5 of 12
+    diagnosed(tmp_path, {"D1": "clear", "X4": "clear"})
+    methods = [{"label": "diagnostic:X4", "search": "fixed", "source": ""}]
+    settings = {"each": False, "randomised": False, "counterexamples_of": "1"}
+    extra = RunStore.create_or_open(tmp_path, manifest("attack", methods=methods, settings=settings))
+    extra.append([attack_row(8, "clean", success=False), attack_row(8, "diagnostic:X4", success=True)])
+    extra.close({"seconds": 1.0, "exit_code": 0})
+    text = page(runs(tmp_path)).split('id="provenance"')[0]
+    assert text.count("6 of 12 images not broken") >= 2 and "7 of 12" not in text
+    assert "50.0 % [25.4, 74.6]" in text and "58.3 %" not in text.split("worst case")[1]
+    assert "not run" not in text
+
+
 def test_several_models_share_the_curves_and_keep_their_own_numbers(tmp_path: Path) -> None:
     attacked(tmp_path, "weak", broken=9)
     attacked(tmp_path, "strong", broken=2)

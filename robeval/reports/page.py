@@ -20,7 +20,7 @@ from robeval.reports.gallery import Originals, caption, class_names, data_uri, t
 from robeval.reports.groups import NORM, Group, groups
 from robeval.reports.picture import Picture
 from robeval.reports.plots.kinds import PAGE, pictures
-from robeval.reports.tables import Cell, Table, attacks_table
+from robeval.reports.tables import Cell, Table, run_table
 from robeval.reports.verdict import FOOT, ordered, verdict_of
 from robeval.reports.writers import text
 from robeval.store.runstore import RunStore
@@ -160,7 +160,7 @@ def _headlines(g: Group) -> list[dict[str, str]]:
 
 
 def _tables(g: Group) -> list[Table]:
-    tables = [attacks_table(f.store) for f in g.attacks]
+    tables = [run_table(run) for run in g.runs]
     rows: list[dict[str, Cell]] = []
     for c in g.certificates:
         for bound, kind in c.kinds.items():

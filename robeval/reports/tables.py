@@ -157,7 +157,11 @@ def attacks_table(store: RunStore, beside: Sequence[RunStore] = ()) -> Table:
         beside: Other runs, of which those that diagnosed the same model count.
     """
     others = [s for s in beside if s.folder != store.folder]
-    run = next(d for d in diagnosed([store, *others]) if d.facts.store is store)
+    return run_table(next(d for d in diagnosed([store, *others]) if d.facts.store is store))
+
+
+def run_table(run: Diagnosed) -> Table:
+    """:func:`attacks_table` of a run whose diagnosis is known."""
     f = run.facts
     rows: list[dict[str, Cell]] = []
     for eps in f.radii:
