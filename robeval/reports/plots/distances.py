@@ -44,7 +44,7 @@ def _histogram(g: Group) -> Picture:
         axes.bar([edges[-1] + 1.5 * width], [standing], width=width, color=COLOURS[0], label="never broken")
         axes.set_xlabel(f"smallest {NORM[g.norm]} distance found, pixels in [0, 1]")
         axes.set_ylabel("images")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), columnspacing=1)  # never over a bar
 
     return Picture(
         f"distances-{g.key}",
