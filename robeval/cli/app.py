@@ -35,7 +35,11 @@ COMMANDS = {
     "verify": ("verify", "Results", "Check every stored adversarial image of a run again."),
     "cite": ("cite", "Results", "Print the sources of the methods that a run used."),
     "list": ("list_", "Look around", "List attacks, suites, bounds, diagnostics, trainers, models or data sets."),
-    "demo": ("demo", "Look around", "Train, attack, certify and verify two models on real digits, in two minutes."),
+    "demo": (
+        "demo",
+        "Look around",
+        "Train, attack, diagnose, certify and verify two models on real digits, in two minutes.",
+    ),
 }
 
 

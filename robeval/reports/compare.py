@@ -83,8 +83,10 @@ def agreement(a: AttackFacts, b: AttackFacts, eps: float) -> Agreement:
 def _same_images(a: AttackFacts, b: AttackFacts) -> int:
     """How many images only one of two runs was made for.
 
+    Runs over other subsets are matched by the name of the set and the ids; labels must agree, pixels are not at hand.
+
     Raises:
-        UsageError: none is in both, or an image is not the same in both (T04).
+        UsageError: another set, no image in both, or one with another label (T04).
     """
     data_a, data_b = a.manifest["data"], b.manifest["data"]
     if data_a["fingerprint"] == data_b["fingerprint"]:
@@ -105,10 +107,10 @@ def _same_images(a: AttackFacts, b: AttackFacts) -> int:
 
 def standing(f: AttackFacts, eps: float) -> tuple[pd.Series, set[int]]:
     """Per image: does it stand; and the images of which that is known."""
-    standing = f.standing(eps)
+    stands = f.standing(eps)
     failed = f.attacks[(f.attacks["error"] != "") & (f.attacks["eps"] >= eps)]["index"]
-    lost = set(failed) & set(standing.index[standing])
-    return standing, {int(i) for i in standing.index if i not in lost}
+    lost = set(failed) & set(stands.index[stands])
+    return stands, {int(i) for i in stands.index if i not in lost}
 
 
 class Comparison:

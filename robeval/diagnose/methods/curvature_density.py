@@ -33,14 +33,15 @@ def curvature_density(subject: Subject, *, images: int = 16, starts: int = 4, st
         starts: Random starts per image.
         steps: Hessian-vector products per start.
 
+    Shapes:
+        Uses all its images in one batch, (n, C, H, W) in [0, 1].
     Cost:
         1 forward and ``starts`` times ``steps`` backward passes per image.
     Source:
         arXiv:1901.10159, section 2, stochastic Lanczos quadrature.
     Departs:
         The Hessian of the input, not of the weights. ReLU kinks have no curvature that a derivative sees: what remains
-        is that of the cross-entropy over the logits. In float64, since 1 - p is small where
-        the network is sure.
+        is that of the cross-entropy over the logits. In float64, since 1 - p is small where the network is sure.
     """
     chosen = subject.correct(images)
     size = chosen.x[0].numel()
