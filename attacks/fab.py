@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robeval.attacks.hyperplanes import shortest_move
+from robeval.attacks.nearer import nearer, nearest
 from robeval.core.ball import Ball, per_row
 from robeval.core.catalogue import attack
 from robeval.core.goal import Goal, leads, ranked_rivals
@@ -24,7 +25,7 @@ START = {"linf": 4 / 255, "l2": 0.25, "l1": 6.0}
     norms=("linf", "l2", "l1"),
     search="minimal",
     attempts=("restarts", "targets"),
-    presets={"fab-t": {"targets": 9, "bisections": 5}},
+    presets={"fab-t": {"targets": 9}},
 )
 def fab(
     x0: Tensor,
@@ -39,7 +40,7 @@ def fab(
     eta: float = 1.05,
     beta: float = 0.9,
     start_radius: float | None = None,
-    bisections: int = 0,
+    descent: int = 30,
 ) -> Attack:
     """Goes back and forth over the decision boundary, each time a little closer to the image.
 
@@ -56,20 +57,23 @@ def fab(
         beta: Share of its way from the image that a point beyond the boundary keeps.
         start_radius: Distance of the random starts from the image, in the norm; none means half of eps, and in the
             search for the nearest point 4/255 (linf), 0.25 (l2) or 6 (l1).
-        bisections: Halvings of the last twentieth of the way to the nearest point found, which eta overshoots.
+        descent: Gradient steps along the boundary in the end, from the nearest point that each start found (with
+            targets: the nearest of all its targets).
 
     Shapes:
         x0 (n, C, H, W) in [0, 1].
     Cost:
-        2 forward passes per step, attempt and open image, and 1 backward pass, K - 1 of them when ``targets`` is 0.
+        2 forward passes per step, attempt and open image, and 1 backward pass, K - 1 of them when ``targets`` is 0;
+        ``descent`` forward and backward passes and one more forward per start.
     Source:
         Croce and Hein 2020, arXiv:1907.02044, algorithm 1, with the targeted form of the AutoAttack code
         (arXiv:2003.01690).
     Departs:
-        Follows the published code: random starts at half of eps, and no final line search unless ``bisections`` asks
-        for one, as fab-t does. Classes of equal logits are ranked by number. A hyperplane is given by the gap between
-        the logits at the iterate, which spares the rounding of its offset. Points that were pulled back are judged too,
-        so that a distance can only be smaller.
+        Follows the published code (random starts at half of eps, no search along a line in the end) until its last
+        point; then it descends along the boundary, which that code does not: ``descent=0`` is the published attack.
+        Classes of equal logits are ranked by number. A hyperplane is given by the gap between the logits at the
+        iterate, which spares the rounding of its offset. Points that were pulled back are judged too, so that a
+        distance can only be smaller.
     """
     at = yield Logits(x0)
     targets = min(targets, at.logits.shape[1] - 1)
@@ -97,8 +101,8 @@ def fab(
         at = yield Gradient(x, leads, args=(classes,))
         keep(at)
         steepness = ball.dual_norm(at.grad.flatten(0, 1)).view_as(at.loss)
-        nearest = (at.loss.abs() / (steepness + 1e-12)).argmin(1)
-        gap, w = at.loss[rows, nearest], at.grad[rows, nearest]
+        rival = (at.loss.abs() / (steepness + 1e-12)).argmin(1)
+        gap, w = at.loss[rows, rival], at.grad[rows, rival]
         gap0 = gap + (w * (x0 - x)).flatten(1).sum(1)
         to_plane, from_image = shortest_move(
             torch.cat([x, x0]), torch.cat([w, w]), torch.cat([gap, gap0]), ball.norm
@@ -109,11 +113,6 @@ def fab(
         at = yield Logits(x)
         hit = keep(at)
         x = torch.where(per_row(hit, x), x0 + beta * (x - x0), x)
-    low = torch.full_like(distance, 0.95)
-    high = torch.ones_like(low)
-    for _ in range(bisections):
-        middle = (low + high) / 2
-        at = yield Logits(x0 + per_row(middle, x) * (best - x0), only=distance.isfinite())
-        hit = at.open & goal.reached(at.logits)
-        low, high = torch.where(hit, low, middle), torch.where(hit, middle, high)
+    last = nearest(distance, torch.stack([rng.ids, rng.attempt // max(targets, 1)], 1))
+    yield from nearer(best, x0, goal, ball, last, descent)
     return None

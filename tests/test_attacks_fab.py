@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from robeval.attacks import hyperplanes
 from robeval.attacks.fab import START, fab
 from robeval.attacks.hyperplanes import shortest_move
+from robeval.attacks.nearer import nearer, nearest
 from robeval.core.ball import DUAL, NORMS, Ball, vector_norm
 from robeval.core.classifier import Classifier
 from robeval.core.goal import Untargeted
@@ -239,7 +241,7 @@ def test_between_two_linear_classes_the_iterates_follow_their_recursion(norm: st
         r = (1 - alpha) * (r + 1.05 * (1 - r)) + alpha * 1.05
         if r > 1:
             best, r = min(best, r), 0.9 * r
-        distance, _ = found(model, these, norm, steps=steps, targets=targets)
+        distance, _ = found(model, these, norm, steps=steps, targets=targets, descent=0)
         assert torch.allclose(distance, best * exact_distance(model, these, norm), rtol=1e-9)
 
 
@@ -249,7 +251,7 @@ def test_linear_distances_within_the_overshoot(norm: str, targets: int) -> None:
     model, these = linear(5, rows=40)
     exact = exact_distance(model, these, norm)
     for eta, slack in ((1.05, 6e-3), (1.001, 1e-3)):
-        distance, _ = found(model, these, norm, steps=12, targets=targets, eta=eta)
+        distance, _ = found(model, these, norm, steps=12, targets=targets, eta=eta, descent=0)
         assert (distance >= exact).all()
         assert (distance <= exact * (1 + slack)).all()
 
@@ -265,7 +267,7 @@ def test_law_11_distances_are_those_of_the_reference(norm: str, theirs: str, tar
         x = attack.attack_single_run(these.x, these.y, is_targeted=targets > 0)
         distance = vector_norm(x.double() - these.x.double(), norm)
         least = torch.where(model.logits(x).argmax(1) != these.y, torch.minimum(least, distance), least)
-    mine, outcomes = found(model, these, norm, steps=50, targets=targets)
+    mine, outcomes = found(model, these, norm, steps=50, targets=targets, descent=0)
     assert least.isfinite().all()
     assert ((mine / least - 1).abs() <= 1e-3).double().mean() >= 0.95
     assert (mine / least).mean() <= 1 + 1e-4
@@ -325,3 +327,67 @@ def test_a_finite_radius_stops_at_the_first_point_within_it() -> None:
     within, outcomes = found(model, these, "linf", eps, steps=30)
     assert torch.equal(within <= eps, nearest <= eps)
     assert any(o.forwards < 62 for o in outcomes)
+
+
+@pytest.mark.parametrize("targets", [0, 4])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_descent_takes_the_overshoot_back(norm: str, targets: int) -> None:
+    """Where the boundary is flat, nothing but rounding and the last shares of the radius is left."""
+    model, these = linear(5, rows=40)
+    exact = exact_distance(model, these, norm)
+    ratio = found(model, these, norm, steps=12, targets=targets)[0] / exact
+    assert (ratio >= 1).all()
+    assert (ratio <= (1 + 6e-3 if norm == "l1" else 1 + 2e-3)).all()
+    assert ratio.mean() < 1 + 1.5e-3
+
+
+@pytest.mark.parametrize("targets", [0, 4])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_descent_only_helps_and_costs_its_steps_once_a_start(norm: str, targets: int) -> None:
+    model, these = network(rows=60)
+    how: dict[str, Any] = {"steps": 20, "targets": targets, "restarts": 3, "start_radius": 0.1}
+    without, plain = found(model, these, norm, descent=0, **how)
+    nearer, outcomes = found(model, these, norm, descent=30, **how)
+    assert (nearer <= without).all()
+    assert (nearer < 0.995 * without).double().mean() >= 0.5
+    assert {o.forwards - p.forwards for o, p in zip(outcomes, plain, strict=True)} == {3 * 31}
+    assert {o.backwards - p.backwards for o, p in zip(outcomes, plain, strict=True)} == {3 * 30}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_descent_follows_a_round_boundary_to_its_nearest_point(norm: str) -> None:
+    """Misclassified is what lies outside a ball whose centre is beside the image; the start is in another direction."""
+    x0 = torch.full((6, *(1, 4, 4)), 0.5, dtype=DOUBLE)
+    centre = torch.zeros(16, dtype=DOUBLE)
+    centre[0], radius = 0.1, 0.3
+    goal, ball = Untargeted(torch.zeros(6, dtype=torch.int64)), Ball(norm, math.inf)
+
+    def logits(x: Tensor) -> Tensor:
+        outside = ((x.flatten(1) - 0.5 - centre) ** 2).sum(1) - radius**2
+        return torch.stack([-outside, torch.zeros_like(outside)], 1)
+
+    g = torch.Generator().manual_seed(3)
+    towards = torch.randn(6, 16, generator=g, dtype=DOUBLE)
+    start = x0 + (centre + 1.001 * radius * towards / towards.norm(dim=1, keepdim=True)).view_as(x0)
+    least = torch.full((6,), math.inf, dtype=DOUBLE)
+    only = torch.tensor([True, True, True, True, True, False])
+    asking = nearer(start, x0, goal, ball, only, 300)
+    question = next(asking)
+    with contextlib.suppress(StopIteration):
+        while True:
+            at = answer(question, logits, goal, only)
+            assert question.only is only
+            length = ball.norm_of(question.points - x0)
+            assert (length[only] < least[only] * (1 - 1e-6)).all()  # each success is nearer than those before
+            least = torch.where(goal.reached(at.logits) & only, length, least)
+            question = asking.send(at)
+    # l2: straight away from the centre. linf: the equal move of all pixels, the first one away from the centre.
+    exact = 0.2 if norm == "l2" else (-0.1 + math.sqrt(0.1**2 + 16 * (radius**2 - 0.1**2))) / 16
+    assert (least[only] >= exact * (1 - 1e-9)).all()
+    assert (least[only] <= exact * 1.01).all()
+
+
+def test_the_nearest_row_of_each_group() -> None:
+    distance = torch.tensor([3.0, 2.0, 2.0, math.inf, math.inf, 1.0, math.inf])
+    group = torch.tensor([[7, 0], [7, 0], [7, 0], [5, 0], [5, 0], [7, 1], [2, 0]])
+    assert nearest(distance, group).tolist() == [False, True, False, False, False, True, False]

@@ -57,6 +57,7 @@ class Streams:
             words.append([int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")])
         key = torch.tensor(words, dtype=torch.int64, device=device).reshape(-1, 2)
         self.key = (key[:, :1], key[:, 1:])
+        self.ids = torch.tensor(list(ids), dtype=torch.int64, device=device)
         self.attempt = torch.tensor(list(attempts), dtype=torch.int64, device=device)
         self.dtype, self.device = dtype, torch.device(device)
         self.draws = 0

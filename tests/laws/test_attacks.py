@@ -31,7 +31,7 @@ EPS = {"linf": 0.05, "l2": 0.15, "l1": 0.4}
 #: Attacks that pass through bigger balls on their way; the judge counts nothing there.
 WANDERS = {("apgd", "l1"): 3, ("apgd-t", "l1"): 3}
 #: Questions that an attack asks besides one per step and wave of attempts.
-MORE_QUESTIONS = {"apgd": 4, "apgd-t": 8, "fab-t": 7}
+MORE_QUESTIONS = {"apgd": 4, "apgd-t": 8}
 #: Questions per step: FAB looks at the linearised model and at the new point in two phases.
 QUESTIONS = {"fab": 2, "fab-t": 2}
 #: Minimal-norm attacks come within this factor of the exact distance on a linear model: those that see gradients, and
@@ -147,7 +147,7 @@ def test_law_6_budgets_are_kept(name: str, norm: str) -> None:
     if settings.get("queries"):
         assert max(o.iterations for o in outcomes) <= settings["queries"] + 1
     if "steps" in settings:
-        steps = settings["steps"] * side_by_side * QUESTIONS.get(name, 1)
+        steps = settings["steps"] * side_by_side * QUESTIONS.get(name, 1) + settings.get("descent", 0)
         assert max(o.iterations for o in outcomes) <= steps + MORE_QUESTIONS.get(name, 2)
     if facts(name).get("access") == "black-box":
         assert not any(o.backwards for o in outcomes)
