@@ -7,26 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from robeval.core.ball import Ball, per_row, project_l1, vector_norm
+from robeval.attacks.nearer import annealed, within
+from robeval.core.ball import Ball
 from robeval.core.catalogue import attack
 from robeval.core.goal import Goal
 from robeval.core.questions import Attack, Gradient
 from robeval.core.streams import Streams
-
-
-def annealed(start: float, end: float, share: float) -> float:
-    """From start to end along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
-
-
-def within(d: Tensor, norm: str, eps: Tensor) -> Tensor:
-    """Each row brought into the ball of its own radius, in l2 onto its sphere. Shapes: (n, ...), (n,) -> (n, ...)."""
-    if norm == "linf":
-        limit = per_row(eps, d)
-        return torch.minimum(torch.maximum(d, -limit), limit)
-    if norm == "l2":
-        return d * per_row(eps / vector_norm(d, "l2").clamp_min(1e-12), d)
-    return project_l1(d, eps[:, None])
 
 
 @attack(

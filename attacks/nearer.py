@@ -1,4 +1,4 @@
-"""The last part of a search for the nearest point: along the boundary, from the nearest point found so far."""
+"""What searches for the nearest point share: a radius that closes in on the boundary, and a last descent along it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from robeval.attacks.fmn import annealed, within
-from robeval.core.ball import Ball, per_row
+from robeval.core.ball import Ball, per_row, project_l1, vector_norm
 from robeval.core.goal import Goal
 from robeval.core.questions import Answer, Gradient, Logits, Question
 
 #: First and last share by which the radius changes, and first and last step as a share of the distance. Chosen on
 #: adversarially trained networks for digits and Fashion-MNIST, among shares of 0.005 to 0.03 and steps of 0.03 to 0.3.
 SHARE, STEP = (0.03, 5e-4), (0.3, 1e-3)
+
+
+def annealed(start: float, end: float, share: float) -> float:
+    """From start to end along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def within(d: Tensor, norm: str, eps: Tensor) -> Tensor:
+    """Each row brought into the ball of its own radius, in l2 onto its sphere. Shapes: (n, ...), (n,) -> (n, ...)."""
+    if norm == "linf":
+        limit = per_row(eps, d)
+        return torch.minimum(torch.maximum(d, -limit), limit)
+    if norm == "l2":
+        return d * per_row(eps / vector_norm(d, "l2").clamp_min(1e-12), d)
+    return project_l1(d, eps[:, None])
 
 
 def nearest(distance: Tensor, group: Tensor) -> Tensor:

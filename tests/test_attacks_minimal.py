@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from robeval.attacks.cw_l2 import cw_l2
 from robeval.attacks.ddn import ddn
-from robeval.attacks.fmn import within
 from robeval.attacks.logbarrier import barrier, logbarrier, towards
+from robeval.attacks.nearer import within
 from robeval.core.ball import Ball, vector_norm
 from robeval.core.classifier import Classifier
 from robeval.core.goal import Untargeted
