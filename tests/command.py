@@ -30,14 +30,14 @@ def robeval(*words: str, cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def here(*words: str, cwd: Path) -> tuple[int, str, str]:
+def here(*words: str, cwd: Path, columns: int = 160) -> tuple[int, str, str]:
     """Run a command in this process, which spares torch's loading time. -> exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["robeval", *words])
-        patch.setenv("COLUMNS", "160")
+        patch.setenv("COLUMNS", str(columns))
         try:
             main()
         except SystemExit as end:

@@ -14,6 +14,7 @@ from torch import Tensor
 from robeval.attacks.gaussian import gaussian
 from robeval.attacks.lrc import BLOCK, lrc
 from robeval.core.ball import Ball
+from robeval.core.catalogue import parse
 from robeval.core.correlated import Sampler, channel_covariance, exponential, from_file, pixel_covariance, root
 from robeval.core.errors import UsageError
 from robeval.core.goal import Untargeted
@@ -129,8 +130,12 @@ def test_a_covariance_file_is_scaled_to_unit_variance(tmp_path: Path) -> None:
     )
     white = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(noise(white).flatten(1), white.flatten(1) @ noise.pixels.T)
+    before = parse("attacks", f"lrc:covariance={tmp_path}/c.npy").config_hash
     np.save(tmp_path / "c.npy", np.eye(32))  # the file of the same name is read anew
     assert torch.allclose(from_file(str(tmp_path / "c.npy"), (2, 4, 4))(white), white)
+    assert parse("attacks", f"lrc:covariance={tmp_path}/c.npy").config_hash != before  # and is another configuration
+    np.save(tmp_path / "c.npy", covariance)
+    assert parse("attacks", f"lrc:covariance={tmp_path}/c.npy").config_hash == before
 
 
 BAD = {

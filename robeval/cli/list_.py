@@ -13,6 +13,8 @@ from robeval.core import catalogue
 from robeval.core.errors import unknown
 from robeval.train.preset import FOLDER, presets, unwrapped
 
+#: Facts of more characters take a line of their own.
+SHORT = 20
 EXAMPLES = "**Examples**\n\n    robeval list attacks\n\n    robeval list attacks pgd"
 
 
@@ -49,13 +51,21 @@ def list_(
         for setting in method.settings:
             typer.echo(f"  {setting.name}: {setting.type} = {setting.default}")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = list(next(iter(rows.values())))
-    for column in ["name", *columns]:
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for key, row in rows.items():
-        table.add_row(key, *(str(row[c]) for c in columns))
-    Console(highlight=False).print(table)
+        table.add_row(key, _entry(row))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _entry(row: dict[str, str]) -> str:
+    """What it is, its short facts in one line, and each long one in a line of its own."""
+    facts = {column: f"{column}: {value}" for column, value in row.items() if column != "what" and value}
+    short = [fact for column, fact in facts.items() if len(row[column]) <= SHORT]
+    return "\n".join(
+        [row["what"], *(["; ".join(short)] if short else []), *(f for f in facts.values() if f not in short)]
+    )
 
 
 def _methods(kind: str) -> dict[str, dict[str, str]]:

@@ -17,7 +17,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,10 +120,12 @@ class Spec:
     settings: dict[str, Any] = field(hash=False)
     label: str
 
-    @property
+    @cached_property
     def config_hash(self) -> str:
-        """Hash of the name and every setting, defaults included."""
-        text = json.dumps([self.method.name, self.settings], sort_keys=True, default=str)
+        """Hash of the name and every setting, defaults included; of a .npy file the content counts too."""
+        arrays = [Path(v) for v in self.settings.values() if isinstance(v, str) and v.endswith(".npy")]
+        held = [hashlib.sha256(path.read_bytes()).hexdigest() for path in arrays if path.is_file()]
+        text = json.dumps([self.method.name, self.settings, *held], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
