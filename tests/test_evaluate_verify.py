@@ -16,6 +16,7 @@ from robeval.core.records import AttackRecord
 from robeval.evaluate.attacking import attack_run
 from robeval.evaluate.settings import Settings
 from robeval.evaluate.verify import verify
+from robeval.reports.tables import attacks_table
 from robeval.store.runstore import RunStore
 from tests.problems import linear
 
@@ -53,6 +54,24 @@ def planted(tmp_path: Path, store: RunStore, record: AttackRecord, image: np.nda
 Honest = tuple[RunStore, AttackRecord, np.ndarray]
 
 
+def test_a_record_from_before_the_relative_distance_holds(honest: Honest, tmp_path: Path) -> None:
+    store, record, image = honest
+    assert planted(tmp_path, store, replace(record, relative_l2=math.nan), image) == []
+
+
+def test_distances_are_also_told_relative_to_the_image(tmp_path: Path) -> None:
+    model, these = linear(2, rows=20)
+    store = attack_run(model, these, Settings(choose("attacks", ["deepfool"], "l2"), "l2", []), root=str(tmp_path))
+    frame = store.frame().query("attack == 'deepfool'").set_index("index")
+    length = dict(zip(these.ids.tolist(), these.x.flatten(1).norm(dim=1).tolist(), strict=True))
+    assert len(frame) == 20
+    for index, row in frame.iterrows():
+        assert row["relative_l2"] == pytest.approx(row["distance_l2"] / length[index], rel=1e-12)
+    (told,) = [row for row in attacks_table(store).rows if row["attack"] == "deepfool"]
+    assert told["rho_adv"] == pytest.approx(frame["relative_l2"].mean())
+    assert verify(store, model, these).confirmed == 20
+
+
 def test_an_honest_record_holds(honest: Honest, tmp_path: Path) -> None:
     assert planted(tmp_path, *honest) == []
 
@@ -71,6 +90,7 @@ def test_a_clean_image_is_no_adversarial_one(honest: Honest, tmp_path: Path) -> 
         ({"eps": EPS / 100}, "exceeds eps"),
         ({"distance_linf": EPS / 2}, "the recorded distance is another one"),
         ({"prediction": 7}, "recorded 7"),
+        ({"relative_l2": 0.5}, "the recorded relative distance is another one"),
     ],
 )
 def test_a_wrong_number_is_named(honest: Honest, tmp_path: Path, change: dict[str, float], says: str) -> None:

@@ -61,6 +61,11 @@ class AttackRecord:
     attack_config_hash: str = col("hash of the attack's name and all its settings")
     error: str = col("why the image could not be evaluated, else empty", default="")
     example: int = col("row of the stored image in the examples file of this part, -1 if none", default=-1)
+    relative_l2: float = col(
+        "distance_l2 over the Euclidean norm of the clean image, in the mean DeepFool's rho_adv; inf when nothing was "
+        "found, NaN in runs from before the column",
+        default=math.nan,
+    )
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Recorder:
                 survives_8bit=False,
                 seed=self.seed,
                 attack_config_hash="",
+                relative_l2=distance,
             )
         )
 
@@ -90,6 +91,7 @@ class Recorder:
         if outcome.example is not None:
             example = len(self.examples)
             self.examples.append(outcome.example.detach().cpu().float().numpy())
+        length = float(self.images.x[position].double().norm())
         self._add(
             AttackRecord(
                 index=int(self.images.ids[position]),
@@ -113,6 +115,7 @@ class Recorder:
                 attack_config_hash=spec.config_hash,
                 error=outcome.error,
                 example=example,
+                relative_l2=outcome.distances["l2"] / length if length else math.inf,
             )
         )
 

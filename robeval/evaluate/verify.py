@@ -101,6 +101,7 @@ def verify(
         change = adversarial.astype(np.float64) - clean.astype(np.float64)
         flat = np.abs(change).reshape(len(part), -1)
         norms = {"linf": flat.max(1), "l2": np.sqrt((flat**2).sum(1)), "l1": flat.sum(1)}
+        size = np.sqrt((clean.astype(np.float64) ** 2).reshape(len(part), -1).sum(1))
         for k, row in enumerate(part.itertuples(index=False)):
             problems, fickle = [], False
             if not torch.isfinite(predicted[k]).all():
@@ -117,6 +118,8 @@ def verify(
                 problems.append(f"{row.norm} distance {norms[row.norm][k]:.6g} exceeds eps {row.eps:.6g}")
             if abs(norms[row.norm][k] - getattr(row, f"distance_{row.norm}")) > 1e-6:
                 problems.append("the recorded distance is another one")
+            if abs(row.relative_l2 * size[k] - norms["l2"][k]) > 1e-6:  # never for NaN, of runs before the column
+                problems.append("the recorded relative distance is another one")
             if problems:
                 index = part["index"].iloc[k]
                 result.failures.append(f"image {index} by {row.attack}: {', '.join(problems)}")

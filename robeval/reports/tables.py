@@ -187,7 +187,7 @@ def run_table(run: Diagnosed) -> Table:
     if not f.radii:
         rows, columns = (
             _nearest(f),
-            ["attack", "attacked", "broken", "mean distance", "median", "forwards", "backwards"],
+            ["attack", "attacked", "broken", "mean distance", "median", "rho_adv", "forwards", "backwards"],
         )
     title = f"{f.manifest['model']['name']}, {f.norm}, clean {f.clean_accuracy}"
     (mean, found), median = f.mean_distance(), f.median_distance()
@@ -200,7 +200,11 @@ def run_table(run: Diagnosed) -> Table:
 
 
 def _nearest(f: AttackFacts) -> list[dict[str, Cell]]:
-    """Rows of a run without radii: what each attack found, over the images that it broke."""
+    """Rows of a run without radii: what each attack found, over the images that it broke.
+
+    rho_adv is the mean of the Euclidean distance relative to the image's own norm (the average robustness of
+    Moosavi-Dezfooli et al. 2016, DeepFool, arXiv:1511.04599), whatever norm the attack searched in.
+    """
     rows: list[dict[str, Cell]] = []
     for label in f.labels:
         mine = f.ran(label, math.inf)
@@ -212,6 +216,7 @@ def _nearest(f: AttackFacts) -> list[dict[str, Cell]]:
                 "broken": len(distance),
                 "mean distance": float(distance.mean()),
                 "median": float(distance.median()),
+                "rho_adv": float(mine.loc[mine["success"], "relative_l2"].mean(skipna=False)),
                 "forwards": int(mine["forwards"].sum()),
                 "backwards": int(mine["backwards"].sum()),
             }
