@@ -112,6 +112,7 @@ def diagnose(
     if len(values) != 1:
         raise UsageError("a diagnosis takes one radius", code="A04", do="such as --eps 8/255")
     from robeval.cli.diagnosing import beside, headlines_of, run_diagnosis, runs_about, say_remedies, tell, warn
+    from robeval.data.repeats import trained_on
     from robeval.diagnose.run import Settings
     from robeval.models.load import load as load_model
     from robeval.reports.diagnoses import diagnosed
@@ -120,6 +121,9 @@ def diagnose(
         model, data, split, images, arch=arch, arch_arg=arch_arg, normalise=normalise, device=device,
         randomised=randomised, form_only=True,
     )  # fmt: skip
+    if split == "test" and level != "quick":
+        for remark in trained_on(chosen, data):
+            note(remark)
     settings = Settings(norm, values[0], level, seed=seed, batch_size=batch_size, randomised=randomised, remedy=remedy)
     stores = runs_about(runs or out, classifier, chosen, norm, "attack")
     store = run_diagnosis(

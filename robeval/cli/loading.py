@@ -103,6 +103,7 @@ def load_both(
 
     from robeval.cli.common import device_named
     from robeval.data.load import load as load_images
+    from robeval.data.repeats import repeated
     from robeval.data.subset import subset as choose
     from robeval.models.contract import check
     from robeval.models.load import load as load_model
@@ -132,6 +133,7 @@ def load_both(
     }
     for remark in [
         *classifier.info.get("notes", ()),
+        *repeated(images),
         *check(classifier, images, randomised=randomised, form_only=form_only),
     ]:
         note(remark)
