@@ -44,7 +44,7 @@ SUITES: dict[str, Suite] = {
     ),
     "black-box": Suite("attacks that see logits only", ("noise", "simba", "square")),
     "autoattack": Suite(
-        "AutoAttack's standard version: APGD-CE, APGD-T, FAB-T, Square",
+        "AutoAttack's standard version: APGD-CE, APGD-T, FAB-T with a descent from its nearest point, Square",
         STANDARD,
         {"l1": ("apgd-ce:restarts=5", "apgd-t:targets=5", "fab-t", "square")},
     ),
