@@ -82,6 +82,17 @@ def test_markdown_rows_stay_rows() -> None:
     assert bars == 4
 
 
+def test_a_table_wider_than_the_screen_breaks_headings_and_labels_but_no_number(monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["eps", "attack", "robust <=", "attacked", "broken", "first to break", "forwards", "backwards", "as"]
+    cells: list[Any] = ["0.02", "apgd-t:loss=cw,targets=1", Rate(21, 40), 37, 0, 0, 52_893, 21_000, "cumulative"]
+    row = dict(zip(columns, cells, strict=True))
+    lines = terminal(Table("t", columns, [row] * 5, [])).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum("52.5 % [37.5, 67.1]" in line and "52,893" in line and "cumulative" in line for line in lines) == 5
+    assert [line.split()[-1] for line in lines[1:4]] == ["first", "to", "as"]
+
+
 def test_terminal_rows_stay_rows() -> None:
     assert len(terminal(table(BREAKS)).splitlines()) == len(terminal(table("m")).splitlines())
 

@@ -44,11 +44,17 @@ def terminal(table: Table) -> str:
     width = max(Console().width, 100)
     grid = [table.columns, *([text(row.get(c)) for c in table.columns] for row in table.rows)]
     needed = sum(max(len(line[k]) for line in grid) + 2 for k in range(len(table.columns)))
+    whole = [not any(isinstance(row.get(c), str) for row in table.rows) for c in table.columns]  # numbers never break
+    grid[0] = [one_line(heading) for heading in grid[0]]
     if needed > width and len(table.rows) <= 4:
         grid = [list(line) for line in zip(*grid, strict=True)]
+        whole = [False] * len(grid[0])
+    elif needed > width:
+        rows = [max((len(cell) for cell in column), default=0) for column in zip(*grid[1:], strict=True)]
+        grid[0] = [h.replace(" ", "\n") if len(h) > w else h for h, w in zip(grid[0], rows, strict=True)]
     shown = RichTable(title=one_line(table.title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for k, heading in enumerate(grid[0]):
-        shown.add_column(one_line(heading), justify="left" if k == 0 else "right", overflow="fold")
+        shown.add_column(heading, justify="left" if k == 0 else "right", overflow="fold", no_wrap=whole[k])
     for line in grid[1:]:
         shown.add_row(*line)
     buffer = StringIO()
