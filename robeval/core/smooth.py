@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 def smooth_relu(x: Tensor) -> Tensor:
@@ -21,6 +22,8 @@ def smooth_relu(x: Tensor) -> Tensor:
         The equal form max(t^3 - t^4/2, relu(x)) picks the wrong piece, and so the wrong second derivative, where both
         round to the same number; the pieces are therefore told apart by x. t is clamped, so float16 cannot overflow.
     """
+    if has_torch_function_unary(x):  # someone replaces torch's functions, and this is to be one of them
+        return handle_torch_function(smooth_relu, (x,), x)
     out: Tensor = _SmoothReLU.apply(x)
     return out
 
