@@ -38,7 +38,7 @@ class CheapProducts(TorchFunctionMode):
     """Inside, a network builds the cheaper graph wherever it calls one of the functions above.
 
     Everything else stays with autograd: weights that might depend on the images, batch statistics in training mode,
-    in-place calls, reduced precision. A third derivative is refused.
+    in-place calls, reduced precision. Third derivatives are right too, and cost what they always did.
     """
 
     def __torch_function__(
@@ -75,12 +75,6 @@ def _constant(*weights: Tensor | None) -> bool:
     return all(w is None or not w.requires_grad or isinstance(w, nn.Parameter) for w in weights)
 
 
-def _refuse_third() -> None:
-    """Slope and bend are constants here, so a product that keeps its own graph would be wrong one derivative on."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("CheapProducts takes two derivatives, and a graph of the second was asked for")
-
-
 class _Affine(torch.autograd.Function):
     """An affine function; its derivative is its linear part, whose adjoint autograd knows where none is given."""
 
@@ -103,17 +97,16 @@ def _along(end: GradientEdge, start: GradientEdge, g: Tensor) -> Tensor:
 
 
 class _Adjoint(torch.autograd.Function):
-    """The adjoint of a linear map; its own adjoint is the map."""
+    """The adjoint of a linear map; its derivative's adjoint is the map, and so on."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, linear: Map, adjoint: Map) -> Tensor:
-        ctx.linear = linear
+        ctx.linear, ctx.adjoint = linear, adjoint
         return adjoint(g)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
-        _refuse_third()
-        return ctx.linear(v), None, None
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return _Adjoint.apply(v, ctx.adjoint, ctx.linear), None, None
 
 
 def _tile(
@@ -146,29 +139,39 @@ class _Curve(torch.autograd.Function):
         with torch.enable_grad():
             u = x.detach().requires_grad_()
             value = function(u)
-            (slope,) = torch.autograd.grad(value.sum(), u, create_graph=True)
-            (bend,) = torch.autograd.grad(slope.sum(), u)
+            slope, bend = _derivatives(value, u)
         ctx.save_for_backward(x)
-        ctx.slope, ctx.bend = slope.detach(), bend
+        ctx.function, ctx.slope, ctx.bend = function, slope.detach(), bend.detach()
         return value.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
             return g * ctx.slope, None
-        out: Tensor = _Slope.apply(g, ctx.saved_tensors[0], ctx.slope, ctx.bend)
+        out: Tensor = _Slope.apply(g, ctx.saved_tensors[0], ctx.function, ctx.slope, ctx.bend)
         return out, None
 
 
 class _Slope(torch.autograd.Function):
-    """g times the slope at x; in g its derivative is the slope, in x g times the bend."""
+    """g times the slope at x; in g its derivative is the slope, in x g times the bend. Later ones are autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
-        ctx.slope, ctx.bent = slope, g * bend
+    def forward(ctx: Any, g: Tensor, x: Tensor, function: Map, slope: Tensor, bend: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x)
+        ctx.function, ctx.slope, ctx.bent = function, slope, g * bend
         return g * slope
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        _refuse_third()
-        return v * ctx.slope, v * ctx.bent, None, None
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return v * ctx.slope, v * ctx.bent, None, None, None
+        g, x = ctx.saved_tensors
+        slope, bend = _derivatives(ctx.function(x), x)
+        return v * slope, v * g * bend, None, None, None
+
+
+def _derivatives(value: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivative of a function applied entry by entry, with a graph."""
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return slope, bend

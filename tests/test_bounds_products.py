@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from robeval.bounds.cheap_products import CheapProducts
 from robeval.bounds.expansion import expand
 from robeval.core.classifier import Classifier
 from robeval.core.errors import ContractBroken
@@ -94,16 +93,28 @@ def images(n: int = 16) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.arange(n) % 3, v.flatten(1) - 0.5
 
 
-def plain(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Logits, gradient of the cross-entropy and its product as autograd makes them."""
+def autograds(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, and the gradient of the cross-entropy at a point with its graph, as autograd makes them."""
     point = x.clone().requires_grad_()
     z = model.logits(point)
     (g,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), point, create_graph=True)
+    return z.detach(), g, point
+
+
+def plain(model: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Logits, gradient and product of autograd."""
+    z, g, point = autograds(model, x, y)
 
     def product(v: Tensor) -> Tensor:
         return torch.autograd.grad(g, point, v.view_as(point), retain_graph=True)[0].flatten(1)
 
-    return z.detach(), g.detach(), product
+    return z, g.detach(), product
+
+
+def slope_of_curvature(g: Tensor, point: Tensor, v: Tensor) -> Tensor:
+    """Gradient of v^T H v with respect to the point, a third derivative."""
+    (hv,) = torch.autograd.grad(g, point, v.view_as(point), create_graph=True)
+    return torch.autograd.grad((hv * v.view_as(point)).sum(), point)[0]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -118,6 +129,9 @@ def test_products_are_autograds(name: str) -> None:
     for direction in (v, v.flip(0)):  # the graph serves again and again
         assert product(direction).abs().max() > 1e-6
         torch.testing.assert_close(at.product(direction), product(direction), rtol=1e-10, atol=1e-14)
+    third = [slope_of_curvature(g, point, v) for g, point in ((at.gradient, at.point), autograds(model, x, y)[1:])]
+    assert third[1].abs().max() > 1e-6
+    torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-13)
 
 
 def test_weights_that_ask_for_gradients_change_nothing() -> None:
@@ -168,15 +182,6 @@ def test_reduced_precision_stays_with_autograd() -> None:
     model, (x, y, v) = Classifier(forward, 3), images()
     product = expand(model, x.float(), y, "ce", 1.0, second=True).product(v.float())
     assert torch.equal(product, plain(model, x.float(), y)[2](v.float()))
-
-
-def test_a_third_derivative_is_refused_and_not_wrong() -> None:
-    x = torch.rand(16, 1, 6, 6, dtype=torch.float64, requires_grad=True)
-    with CheapProducts():
-        z = network(nn.Tanh()).logits(x)
-    (g,) = torch.autograd.grad(z.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="two derivatives"):
-        torch.autograd.grad(g.sum(), x, create_graph=True)
 
 
 def test_nothing_stays_replaced_after_an_error() -> None:
