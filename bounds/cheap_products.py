@@ -4,7 +4,7 @@ A Hessian product is a backward pass through the graph of a gradient, and Lanczo
 Autograd does work there that nobody asked for: at a convolution it also makes the gradient of the weights, and at an
 activation it takes slope and bend anew each time. Here a convolution is a constant linear map, which is its own
 derivative and whose gradient is its adjoint; so are poolings and batch normalisations; and activations keep their slope
-and bend. On the networks of benchmarks/lanczos.py a product costs two to four fifths of what it did.
+and bend. On the networks of benchmarks/lanczos.py a product costs 0.46 to 0.80 of autograd's, the graph 1.2 to 1.7.
 """
 
 from __future__ import annotations
