@@ -134,6 +134,23 @@ def test_products_are_autograds(name: str) -> None:
     torch.testing.assert_close(third[0], third[1], rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_cheaper_graph_is_the_one_that_is_built(name: str) -> None:
+    x, y, _ = images()
+    at = expand(network(LAYERS[name]()), x, y, "ce", 1.0, second=True)
+    names, seen, todo = [], set(), [at.logits.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            todo += [parent for parent, _ in node.next_functions]
+    around = 3  # the first convolution and two activations of the network itself
+    ours = sum(n in ("_AffineBackward", "_CurveBackward") for n in names) - around
+    assert ours == (0 if name in ("dynamic", "keywords") else 1)
+
+
 def test_weights_that_ask_for_gradients_change_nothing() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).double()
