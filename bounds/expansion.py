@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robeval.bounds.cheap_products import CheapProducts
-from robeval.core.classifier import Classifier
+from robeval.core.classifier import ELSEWHERE, FLOOR, Classifier
 from robeval.core.errors import ContractBroken
 from robeval.core.goal import column, without
 from robeval.core.losses import per_sample_loss
@@ -22,10 +22,6 @@ from robeval.core.streams import Streams
 OnBatch = Callable[[int, int, str], None]
 #: One stream of random numbers per image: (ids, number of the stream) -> Streams.
 Draws = Callable[[list[int], int], Streams]
-
-#: Batches that reach the model are padded to multiples of 4 on a CPU, where an image's gradient and products are then
-#: the same bits in any company (measured, float32 and float64), and to at least 16 elsewhere, where nobody has looked.
-FLOOR, ELSEWHERE = 4, 16
 
 #: Autograd nodes of functions that are not twice differentiable, and what people call them.
 KINKS = {

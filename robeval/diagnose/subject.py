@@ -13,7 +13,7 @@ from torch import Tensor
 from robeval.core.ball import Ball
 from robeval.core.catalogue import Spec
 from robeval.core.choosing import choose, for_classes
-from robeval.core.classifier import Classifier
+from robeval.core.classifier import FLOOR, Classifier
 from robeval.core.goal import Loss, Untargeted, ranked_rivals, towards
 from robeval.core.images import Images
 from robeval.core.questions import Gradient
@@ -21,7 +21,7 @@ from robeval.core.records import CLEAN
 from robeval.core.streams import Streams
 from robeval.diagnose.counted import Counted, Passes
 from robeval.diagnose.outcomes import Counterexample, Outcome, carried, gathered, judged, reach
-from robeval.engine.backend import FLOOR, Backend
+from robeval.engine.backend import Backend
 from robeval.engine.drive import answer
 from robeval.engine.judge import Outcome as Decided
 from robeval.engine.run import run

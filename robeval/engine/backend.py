@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robeval.core.classifier import Classifier
+from robeval.core.classifier import ELSEWHERE, FLOOR, Classifier
 from robeval.core.errors import ContractBroken, MachineError, RobevalError
 from robeval.core.goal import Goal
 from robeval.core.questions import Answer, Gradient, Logits, Question
 from robeval.engine.drive import answer
-
-#: Batches that reach the model are padded to multiples of 4: at these widths (measured, CPU, float32 and float64) an
-#: image's logits and gradient are the same bits whatever its place and company; at others they are not. Nobody has
-#: measured it elsewhere, so other devices keep a margin, and few shapes.
-FLOOR, ELSEWHERE = 4, 16
 
 
 @dataclass
